@@ -1,0 +1,5 @@
+"""``python -m pair``."""
+
+from pair.cli import main
+
+main()

@@ -1,0 +1,51 @@
+"""The command ``pair``. Each subcommand lives in a module of its own under ``pair.commands``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pair import __version__
+from pair.commands import data, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keep image retrieval honest under adversarial patches.",
+)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"pair {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        text = str(error).strip() or type(error).__name__
+        print(f"pair: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pair: stopped; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Photos: the embedded ones and the packs that training reads."""

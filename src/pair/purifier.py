@@ -1,0 +1,202 @@
+"""PAIR's purifier: rebuild the whole image twice under complementary masks (equations 5-13)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pair import hub
+from pair.generator import GeneratorConfig, MaskedAutoencoder
+from pair.images import check_images, resize
+from pair.masks import (
+    Bernoulli,
+    ExactCount,
+    MaskRule,
+    NoMask,
+    complement,
+    rule_from_config,
+    rule_to_config,
+)
+
+# What the paper's text says, and what the authors' published code does.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"rule": Bernoulli(0.5), "encoder": "zero", "output": "decoder", "passes": 2},
+    "released": {
+        "rule": ExactCount(0.5, shared=True),
+        "encoder": "drop",
+        "output": "decoder",
+        "passes": 2,
+    },
+}
+
+
+class Purifier(nn.Module):
+    """``purifier(images) -> images``: (B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [0, 1].
+
+    Images of another size are resized (antialiased, whole image, aspect ratio not kept) to the
+    generator's S x S; set ``restore_size`` to get the input size back. Each image gets a fresh
+    mask from ``generator`` (a ``torch.Generator``; default: torch's global one), or the mask
+    that you pass, (B, N) or (N,), True = visible in the first pass.
+
+    ``passes=2`` is equation 13: the second pass sees the first reconstruction through the
+    inverted mask. ``output="decoder"`` returns what the decoder says for every token (equations
+    11-12); ``output="paste"`` takes each token from the pass in which it was hidden. In both, no
+    original pixel survives. With ``passes=1`` and "paste", visible originals are kept.
+
+    ``straight_through`` passes gradients through the final clamp (for attacks; the values are
+    the same).
+
+    Raises ``ValueError`` on anything that is not (B, 3, H, W) floats in [0, 1].
+    """
+
+    def __init__(
+        self,
+        generator: MaskedAutoencoder,
+        rule: MaskRule | None = None,
+        *,
+        passes: int = 2,
+        encoder: str = "drop",
+        output: str = "decoder",
+        restore_size: bool = False,
+    ):
+        super().__init__()
+        if passes not in (1, 2):
+            raise ValueError(f"passes must be 1 or 2, got {passes}")
+        if encoder not in ("drop", "zero"):
+            raise ValueError(f"encoder must be 'drop' or 'zero', got {encoder!r}")
+        if output not in ("decoder", "paste"):
+            raise ValueError(f"output must be 'decoder' or 'paste', got {output!r}")
+        self.autoencoder = generator
+        self.rule: MaskRule = rule or ExactCount(0.5)
+        if isinstance(self.rule, NoMask) and passes == 2:
+            raise ValueError("with no mask the second pass would see nothing: use passes=1")
+        self.passes, self.encoder, self.output = passes, encoder, output
+        self.restore_size = restore_size
+        self.straight_through = False
+
+    @property
+    def image_size(self) -> int:
+        return self.autoencoder.config.image_size
+
+    @property
+    def random(self) -> bool:
+        return self.rule.random
+
+    def extra_repr(self) -> str:
+        return f"{self.rule}, passes={self.passes}, encoder={self.encoder}, output={self.output}"
+
+    def draw_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Fresh masks (B, N), True = visible in the first pass."""
+        device = next(self.parameters()).device
+        return self.rule(batch, self.autoencoder.grid, generator=generator, device=device)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.steps(images, generator=generator, mask=mask)[-1]
+
+    def steps(
+        self,
+        images: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The first reconstruction (if there are two passes) and the purified images."""
+        images = check_images(images)
+        size = tuple(images.shape[-2:])
+        x = resize(images, self.image_size)
+        if mask is None:
+            mask = self.draw_mask(len(x), generator)
+        mask = self._check_mask(mask.to(x.device), len(x))
+        first = self._pass(x, mask)
+        out = [first]
+        if self.passes == 2:
+            second = self._pass(first, complement(mask))
+            if self.output == "paste":
+                hidden = self._pixels(mask)
+                second = torch.where(hidden, second, first)
+            out.append(second)
+        elif self.output == "paste":
+            out = [torch.where(self._pixels(mask), x, first)]
+        out = [self._clamp(o) for o in out]
+        return [resize(o, size) for o in out] if self.restore_size else out
+
+    def _pass(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.autoencoder(x, mask, encoder=self.encoder)
+
+    def _pixels(self, mask: Tensor) -> Tensor:
+        """(B, N) -> (B, 1, S, S), True where the token was visible in pass 1."""
+        g, p = self.autoencoder.grid, self.autoencoder.config.patch_size
+        m = mask.view(-1, 1, g, g)
+        return m.repeat_interleave(p, 2).repeat_interleave(p, 3)
+
+    def _clamp(self, x: Tensor) -> Tensor:
+        clamped = x.clamp(0, 1)
+        return x + (clamped - x).detach() if self.straight_through else clamped
+
+    def _check_mask(self, mask: Tensor, batch: int) -> Tensor:
+        n = self.autoencoder.grid**2
+        if mask.ndim == 1:
+            mask = mask.expand(batch, -1)
+        if tuple(mask.shape) != (batch, n) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be a boolean tensor of shape ({batch}, {n}), "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if not bool(mask.any(1).all()):
+            raise ValueError("a mask hides every token: the first pass would see nothing")
+        if self.passes == 2 and bool(mask.all(1).any()):
+            raise ValueError("a mask shows every token: the second pass would see nothing")
+        return mask
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] = "pair-small", **options) -> Purifier:
+        """Load a generator by shipped name, folder or hub repository (strict safetensors).
+
+        ``preset="paper"`` or ``"released"`` selects a documented reading of the method; other
+        keyword arguments override the settings stored with the weights.
+        """
+        folder = hub.resolve(name)
+        config = hub.read_config(folder, "generator")
+        try:
+            settings = {**config["purifier"]}
+            model = MaskedAutoencoder(GeneratorConfig(**config["model"]))
+            settings["rule"] = rule_from_config(settings.pop("mask"))
+        except (KeyError, TypeError) as error:
+            raise hub.ModelError(f"{folder / hub.CONFIG} is incomplete: {error}") from error
+        hub.load_into(model, hub.read_weights(folder, config), str(folder))
+        if (preset := options.pop("preset", None)) is not None:
+            if preset not in PRESETS:
+                raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+            settings = {**settings, **PRESETS[preset]}
+        return cls(model, **{**settings, **options}).eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        card: str | None = None,
+        **facts: Any,
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``; ``facts`` join the config."""
+        config = {
+            "kind": "generator",
+            "model": self.autoencoder.config.to_dict(),
+            "pixel_target": "plain",
+            "purifier": {
+                "mask": rule_to_config(self.rule),
+                "passes": self.passes,
+                "encoder": self.encoder,
+                "output": self.output,
+            },
+            **facts,
+        }
+        hub.save(folder, self.autoencoder, config, dtype, card)

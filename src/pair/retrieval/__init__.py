@@ -1,0 +1,1 @@
+"""Retrieval targets: encoders, rankings and metrics."""

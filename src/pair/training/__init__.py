@@ -1,0 +1,1 @@
+"""One loop, one task object per thing trained."""
