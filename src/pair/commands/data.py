@@ -41,3 +41,17 @@ def pack(
         photos, anchor, out, size, progress=lambda x: track(x, "decoding", total=len(photos))
     )
     typer.echo(f"{len(photos)} photos in {out}")
+
+
+@app.command()
+def embed(
+    caltech101: Annotated[Path, typer.Option(help="Caltech-101: <class>/*.jpg.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, such as src/pair/assets/photos.")],
+) -> None:
+    """Choose the photos that travel with the package (how src/pair/assets/photos was made)."""
+    from pair.data import embedded
+
+    if not caltech101.is_dir():
+        raise ValueError(f"--caltech101: {caltech101} is not a folder")
+    for split, count in embedded.build(caltech101, out).items():
+        typer.echo(f"{split}: {count} photos")
