@@ -35,6 +35,7 @@ class GeneratorTraining:
     init: str = ""  # model folder or shipped name to start from
     discriminator: str = ""  # frozen image encoder of L_s; empty = no semantic loss
     beta: float = 1.0
+    pooled: float = 0.0  # extra weight of L_s on D's features before its projection
     mse: float = 0.0
     second: float = 0.0
     windows: float = 0.0
@@ -55,9 +56,10 @@ class GeneratorTask:
         else:
             self.module = MaskedAutoencoder(config.model)
         self.rule = rule_from_config(config.mask)
-        self.critic = (
-            SmallClip.from_pretrained(config.discriminator) if config.discriminator else None
-        )
+        self.critic: SmallClip | None = None
+        if config.discriminator:
+            critic = SmallClip.from_pretrained(config.discriminator)
+            self.critic = critic.to(memory_format=torch.channels_last)
         self.rows = pack.where(lambda label, data, split: split == "train")
         held = pack.where(lambda label, data, split: data == "imagenette" and split == "val")
         held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(0))]
@@ -103,11 +105,25 @@ class GeneratorTask:
         total = l_p
         if self.critic is not None and c.beta:
             with torch.no_grad():
-                z = self.critic.image_features(images)
-            l_s = sum(share * semantic_loss(z, self.critic.image_features(o)) for o in outputs)
+                wanted = self._look(images)
+            l_s = sum(share * self._semantic(wanted, self._look(o)) for o in outputs)
             losses["l_s"] = l_s
             total = total + c.beta * l_s
         return {"loss": total, **losses}
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's embedding and its pooled features."""
+        critic = self.critic
+        assert critic is not None
+        x = ((images - critic.mean) / critic.std).contiguous(memory_format=torch.channels_last)
+        pooled = critic.backbone(x)
+        return critic.image_projection(pooled), pooled
+
+    def _semantic(self, wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> Tensor:
+        loss = semantic_loss(wanted[0], got[0])
+        if self.config.pooled:
+            loss = loss + self.config.pooled * semantic_loss(wanted[1], got[1])
+        return loss
 
     def _pixels(self, images: Tensor, rebuilt: Tensor) -> Tensor:
         loss = patch_loss(images, rebuilt, self.config.model.patch_size)
