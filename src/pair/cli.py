@@ -7,7 +7,7 @@ import sys
 import typer
 
 from pair import __version__
-from pair.commands import data, train
+from pair.commands import data, demo, models, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,7 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Keep image retrieval honest under adversarial patches.",
 )
+app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
 app.command("train")(train.train)
 
 

@@ -1,0 +1,50 @@
+"""``pair demo``: hijack a real image search and rescue it, live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int | None, typer.Option(help="Fix patches and masks; default: fresh.")] = None,
+    model: Annotated[str, typer.Option(help="Generator: shipped name or folder.")] = "pair-small",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
+) -> None:
+    """Attack a text search and an image search on real photos, without and with PAIR."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from pair import demo as demonstration
+    from pair.pages import figure, render, write_text
+
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console()
+    outcome = demonstration.run(seed, model, say=lambda text: console.print(f"[dim]{text}[/dim]"))
+    columns = ("undefended", "attacked", "PAIR", "PAIR attacked")
+    for part in outcome.parts:
+        table = Table(title=part.title, title_justify="left")
+        table.add_column("percent")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for row in part.rows:
+            values = (row.clean, row.attacked, row.clean_pair, row.attacked_pair)
+            table.add_row(row.name, *(figure(v) for v in values))
+        console.print(table)
+    report = out / "report.html"
+    write_text(report, render("demo", parts=outcome.parts, facts=outcome.facts))
+    parts = [{"title": p.title, "rows": [asdict(r) for r in p.rows]} for p in outcome.parts]
+    results = {"facts": outcome.facts, "parts": parts}
+    write_text(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    console.print(f"{outcome.facts['seconds']} s, seed {outcome.facts['seed']}")
+    console.print(f"open [bold]{report}[/bold] in a browser")

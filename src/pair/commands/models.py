@@ -1,0 +1,59 @@
+"""``pair models``: what ships, what a model folder holds, publish a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Model folders: list, show, publish.")
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the models inside the package."""
+    from pair import hub
+    from pair.training.cards import describe
+
+    for name in hub.shipped_models():
+        folder = hub.shipped_root() / name
+        size = (folder / hub.WEIGHTS).stat().st_size / 1e6
+        typer.echo(f"{name}  {describe(folder)['kind']}  {size:.1f} MB")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Shipped name or folder.")]) -> None:
+    """Print the configuration of a model, with its training record."""
+    import json
+
+    from pair import hub
+    from pair.training.cards import describe
+
+    typer.echo(json.dumps(describe(hub.resolve(name)), indent=2))
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Trained model, such as runs/clip/best.")],
+    name: Annotated[str, typer.Option(help="Name of the model.")],
+    out: Annotated[Path, typer.Option(help="Folder of models.")] = Path("src/pair/assets/models"),
+) -> None:
+    """Copy a trained model to OUT/NAME with a card made from its training record."""
+    import os
+    import shutil
+
+    from pair import hub
+    from pair.training.cards import card, describe
+
+    config = describe(folder)
+    target = out / name
+    fresh = out / f".{name}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for part in (hub.CONFIG, hub.WEIGHTS):
+        shutil.copyfile(folder / part, fresh / part)
+    (fresh / "README.md").write_text(card(name, config))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
+    typer.echo(f"{target}: {config['kind']}")

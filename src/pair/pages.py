@@ -1,0 +1,57 @@
+"""Self-contained HTML pages: Jinja2 templates from ``assets/pages`` with embedded pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from torch import Tensor
+
+from pair import __version__
+from pair.images import to_pil
+
+
+def data_uri(image: Tensor, kind: str = "PNG") -> str:
+    """(3, H, W) in [0, 1] -> ``data:`` address for an ``<img>``."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{kind.lower()};base64,{text}"
+
+
+def figure(value: float | None) -> str:
+    """A percentage for a table cell; an en dash where there is none."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill ``assets/pages/<template>.html``; undefined names are errors."""
+    source = (resources.files("pair") / "assets" / "pages" / f"{template}.html").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters.update(
+        png=lambda image: data_uri(image, "PNG"),
+        jpeg=lambda image: data_uri(image, "JPEG"),
+        figure=figure,
+    )
+    return environment.from_string(source).render(version=__version__, **values)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,80 @@
+"""Model cards, written from what the training recorded about itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pair import hub
+
+WHAT = {
+    "generator": (
+        "Masked autoencoder that rebuilds images for PAIR (plain purification and covering masks)",
+        "It is small and was trained on about 17,000 photos: fine detail is lost, and a determined "
+        "attacker with gradients through it defeats random masks.",
+    ),
+    "clip": (
+        "Text-image encoder: ResNet image tower, transformer text tower, cosine similarity",
+        "It knows the 109 class names that it was trained on and little else; other words count as "
+        "unknown. A target for experiments, not a search engine.",
+    ),
+    "csq": (
+        "Deep hash network with central similarity (CSQ), 64 bits, Hadamard centres",
+        "It separates the 109 classes that it was trained on. A target for experiments.",
+    ),
+}
+DATA = [
+    "| data set | photos used | held out | licence |",
+    "|---|---|---|---|",
+    "| Caltech-101 (Li, Andreeto, Ranzato, Perona; doi 10.22002/D1.20086) | 7,124 | 16 gallery "
+    "photos of each class, 8 query photos of each class with at least 60, 68 background photos "
+    "| CC BY 4.0 |",
+    "| Imagenette (ten ImageNet classes) | 9,469 | `val` | research use, photos not distributed |",
+    "| Flickr8k (part) | 700 | 100 | research use, photos not distributed |",
+]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model folder of any kind."""
+    path = folder / hub.CONFIG
+    if not path.is_file():
+        raise hub.ModelError(f"{folder} has no {hub.CONFIG}: it is not a model folder")
+    return json.loads(path.read_text())
+
+
+def card(name: str, config: dict[str, Any]) -> str:
+    """Markdown card of a trained model: data, recipe, compute, quality, licence, limits."""
+    kind = config["kind"]
+    what, limits = WHAT[kind]
+    run = config.get("training", {})
+    labelled = kind != "generator"
+    lines = [f"# {name}", "", f"{what}.", "", "## Data", "", *DATA, ""]
+    if labelled:
+        lines += [
+            "Only photos with a class name were used: no faces, no background, no Flickr8k.",
+            "",
+        ]
+    start = run.get("task", {}).get("init")
+    origin = f"starting from `{start}`" if start else "from random weights"
+    lines += [
+        "## Recipe",
+        "",
+        f"`pair train {kind} --recipe configs/small/{config.get('recipe', '')}`, {origin}",
+        "",
+        f"{run.get('images_seen', 0):,} images in {run.get('step', 0):,} steps; "
+        f"{run.get('seconds', 0) / 60:.0f} minutes on one core of a shared 2-core CPU machine.",
+        "",
+        "```json",
+        json.dumps({k: run.get(k) for k in ("loop", "task")}, indent=1),
+        "```",
+        "",
+        "## Measured on held-out photos",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {k} | {v} |" for k, v in run.get("validation", {}).items() if k != "score"]
+    lines += ["", "## Limits", "", limits, "", "## Licence", ""]
+    lines += ["Apache-2.0 for these weights, which we trained ourselves from scratch.", ""]
+    return "\n".join(lines)
