@@ -160,6 +160,8 @@ class MaskedAutoencoder(nn.Module):
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: GeneratorConfig | None = None):
         super().__init__()
@@ -237,7 +239,7 @@ class MaskedAutoencoder(nn.Module):
         return self.norm(x)
 
     def _encode_visible(self, tokens, mask, mean, std):
-        b, n, d = tokens.shape
+        b, _, d = tokens.shape
         counts = mask.sum(1)
         longest = int(counts.max())
         # Visible tokens first, in their order; the rest of a short row is padding.

@@ -62,7 +62,8 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:  # pragma: no cover - depends on the installation
         raise ModelError(
-            f"loading {name!r} from the hub needs huggingface_hub: pip install 'pair-retrieval[hub]'"
+            f"loading {name!r} from the hub needs huggingface_hub: "
+            "pip install 'pair-retrieval[hub]'"
         ) from error
     repository, _, revision = name.partition("@")
     try:

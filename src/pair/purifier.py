@@ -70,7 +70,7 @@ class Purifier(nn.Module):
         if output not in ("decoder", "paste"):
             raise ValueError(f"output must be 'decoder' or 'paste', got {output!r}")
         self.autoencoder = generator
-        self.rule: MaskRule = rule or ExactCount(0.5)
+        self.rule: MaskRule = ExactCount(0.5) if rule is None else rule
         if isinstance(self.rule, NoMask) and passes == 2:
             raise ValueError("with no mask the second pass would see nothing: use passes=1")
         self.passes, self.encoder, self.output = passes, encoder, output
@@ -111,7 +111,7 @@ class Purifier(nn.Module):
     ) -> list[Tensor]:
         """The first reconstruction (if there are two passes) and the purified images."""
         images = check_images(images)
-        size = tuple(images.shape[-2:])
+        size = (images.shape[-2], images.shape[-1])
         x = resize(images, self.image_size)
         if mask is None:
             mask = self.draw_mask(len(x), generator)

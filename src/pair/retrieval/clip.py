@@ -48,7 +48,7 @@ class ClipConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClipConfig:
         backbone = ResNetConfig(**data["backbone"])
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**{**rest, "backbone": backbone})
 
 
@@ -58,6 +58,9 @@ class SmallClip(nn.Module):
     Images in [0, 1] of any size; resizing and normalisation happen inside. Features are not
     normalised; compare them by cosine. Words outside the vocabulary count as one unknown word.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ClipConfig):
         super().__init__()

@@ -81,7 +81,7 @@ class HashConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HashConfig:
         backbone = ResNetConfig(**data["backbone"])
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**{**rest, "backbone": backbone})
 
 
@@ -89,6 +89,8 @@ class HashNet(nn.Module):
     """CSQ network: ``encode_image`` (B, 3, H, W) in [0, 1] -> real outputs (B, bits), pre-tanh."""
 
     centres: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: HashConfig):
         super().__init__()

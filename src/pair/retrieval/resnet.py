@@ -76,6 +76,11 @@ def _shortcut(inside: int, outside: int, stride: int) -> nn.Sequential | None:
 class ResNet(nn.Module):
     """(B, 3, H, W), normalised -> pooled features (B, features)."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, config: ResNetConfig):
         super().__init__()
         self.config = config

@@ -59,7 +59,7 @@ class GeneratorTask:
         self.critic: SmallClip | None = None
         if config.discriminator:
             critic = SmallClip.from_pretrained(config.discriminator)
-            self.critic = critic.to(memory_format=torch.channels_last)
+            self.critic = critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rows = pack.where(lambda label, data, split: split == "train")
         held = pack.where(lambda label, data, split: data == "imagenette" and split == "val")
         held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(0))]
@@ -72,7 +72,8 @@ class GeneratorTask:
         c = self.config
         if c.optimizer == "adam":
             return [torch.optim.Adam(self.module.parameters(), lr=c.lr)]
-        matrices, rest = [], []
+        matrices: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, p in self.module.named_parameters():
             (matrices if "blocks" in name and p.ndim == 2 else rest).append(p)
         muon = torch.optim.Muon(matrices, lr=10 * c.lr, momentum=0.95, weight_decay=0.0, ns_steps=4)
@@ -99,14 +100,13 @@ class GeneratorTask:
             outputs, scale = [model(images, mask)], torch.tensor(1.0)
             if kind < c.windows + c.second:
                 outputs.append(model(outputs[0], complement(mask)))
-        share = 1 / len(outputs)
-        l_p = sum(share * scale * self._pixels(images, o) for o in outputs)
+        l_p = scale * torch.stack([self._pixels(images, o) for o in outputs]).mean()
         losses = {"l_p": l_p}
         total = l_p
         if self.critic is not None and c.beta:
             with torch.no_grad():
                 wanted = self._look(images)
-            l_s = sum(share * self._semantic(wanted, self._look(o)) for o in outputs)
+            l_s = torch.stack([self._semantic(wanted, self._look(o)) for o in outputs]).mean()
             losses["l_s"] = l_s
             total = total + c.beta * l_s
         return {"loss": total, **losses}

@@ -121,7 +121,7 @@ def train(
     step, best, spent = _resume(out, task, optimizers, ema, described)
     if step:
         echo(f"resuming at step {step} of {config.steps}")
-    log = open(out / "log.jsonl", "a", buffering=1)
+    log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - every line is flushed
     start, start_step = time.time(), step
     task.module.train()
     while step < config.steps:
@@ -167,9 +167,7 @@ def train(
                 _with_weights(
                     task,
                     ema,
-                    lambda r=record: task.save(  # type: ignore[misc]
-                        out / "best", {**(facts or {}), "training": r}
-                    ),
+                    lambda r=record: task.save(out / "best", {**(facts or {}), "training": r}),
                 )
         if step % config.checkpoint_every == 0 or last:
             seconds = spent + time.time() - start
@@ -263,7 +261,8 @@ def weight_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float
 ) -> list[dict[str, Any]]:
     """Two groups: matrices with weight decay; biases, norms and embeddings without."""
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for _, p in parameters:
         (decayed if p.ndim > 1 else rest).append(p)
     return [

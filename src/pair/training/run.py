@@ -29,7 +29,8 @@ def typed(cls: type[T], data: dict[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
-    for key, value in data.items():
+    for key, given in data.items():
+        value = given
         if key not in fields:
             raise ValueError(
                 f"{where}: unknown setting {key!r}; known: {', '.join(sorted(fields))}"

@@ -95,7 +95,7 @@ class ClipTask:
             ResNetConfig(width=config.width),
             vocabulary=tuple(build_vocabulary(texts)),
         )
-        self.module = SmallClip(model).to(memory_format=torch.channels_last)
+        self.module = SmallClip(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ids = self.module.tokenize(texts).view(len(self.data.classes), -1, model.context)
         self.rows, self.labels = self.data.held_out(("imagenette", "caltech101"), per_class=16)
 
@@ -164,7 +164,7 @@ class CsqTask:
             ResNetConfig(width=config.width),
             tuple(self.data.classes),
         )
-        self.module = HashNet(model).to(memory_format=torch.channels_last)
+        self.module = HashNet(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.nette = self.data.held_out(("imagenette",))
         self.caltech = self.data.held_out(("caltech101",))
 
