@@ -7,17 +7,22 @@ of its own: the result for one image never depends on its neighbours in the batc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+REDRAWS = 100
+
 
 class MaskRule(Protocol):
     """Draws masks: ``rule(batch, grid, generator=..., device=...) -> (B, grid*grid) bool``."""
 
-    random: bool
+    @property
+    def random(self) -> bool:
+        """Whether two calls can differ."""
+        ...
 
     def __call__(
         self,
@@ -29,17 +34,26 @@ class MaskRule(Protocol):
     ) -> Tensor: ...
 
 
+def _constant(value: bool):
+    # A fact about the rule, not an option: no constructor argument, not part of the config.
+    return field(default=value, init=False, repr=False, compare=False)
+
+
 def _uniform(batch: int, n: int, generator: torch.Generator | None) -> Tensor:
     # Drawn where the generator lives, so that a CPU seed gives the same masks on every device.
     device = generator.device if generator is not None else torch.device("cpu")
     return torch.rand(batch, n, generator=generator, device=device)
 
 
+def _degenerate(mask: Tensor) -> Tensor:
+    return mask.all(1) | ~mask.any(1)
+
+
 def check_ratio(ratio: float) -> None:
     """Refuse mask ratios at which one of the two passes would see nothing."""
-    if not 0.0 < ratio < 1.0:
+    if not isinstance(ratio, int | float) or not 0.0 < ratio < 1.0:
         raise ValueError(
-            f"mask ratio must lie strictly between 0 and 1, got {ratio}: at 0 the second pass "
+            f"mask ratio must lie strictly between 0 and 1, got {ratio!r}: at 0 the second pass "
             "and at 1 the first pass would see nothing; use the rule 'none' for one open pass"
         )
 
@@ -49,7 +63,7 @@ class Bernoulli:
     """Hide each token independently with probability ``ratio`` (equation 6, alpha)."""
 
     ratio: float = 0.5
-    random: bool = True
+    random: bool = _constant(True)
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -59,8 +73,15 @@ class Bernoulli:
         mask = _uniform(batch, n, generator) > self.ratio
         # A draw that hides or shows everything leaves one pass without input. On 14 x 14 tokens
         # that has probability 2^-195; on toy grids it happens, and we draw again.
-        while bool((bad := mask.all(1) | ~mask.any(1)).any()) and n > 1:
+        for _ in range(REDRAWS):
+            bad = _degenerate(mask)
+            if not bool(bad.any()):
+                return mask.to(device)
             mask[bad] = _uniform(int(bad.sum()), n, generator) > self.ratio
+        # Ratios next to 0 or 1 would be drawn for ever: turn one token of such a row over.
+        bad = _degenerate(mask).nonzero()[:, 0]
+        token = _uniform(len(bad), n, generator).argmax(1)
+        mask[bad, token] = ~mask[bad, token]
         return mask.to(device)
 
 
@@ -74,7 +95,7 @@ class ExactCount:
 
     ratio: float = 0.5
     shared: bool = False
-    random: bool = True
+    random: bool = _constant(True)
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -97,7 +118,15 @@ class FixedPattern:
     """
 
     pattern: str = "checkerboard"
-    random: bool = False
+    random: bool = _constant(False)
+
+    def __post_init__(self) -> None:
+        name = self.pattern
+        seeded = name.startswith("seed:") and name.removeprefix("seed:").isdecimal()
+        if name not in ("checkerboard", "rows", "columns") and not seeded:
+            raise ValueError(
+                f"unknown fixed pattern {name!r}: use checkerboard, rows, columns or seed:<int>"
+            )
 
     def __call__(self, batch, grid, *, generator=None, device="cpu"):
         rows = torch.arange(grid).view(-1, 1).expand(grid, grid)
@@ -108,14 +137,9 @@ class FixedPattern:
             mask = rows % 2 == 0
         elif self.pattern == "columns":
             mask = cols % 2 == 0
-        elif self.pattern.startswith("seed:"):
+        else:
             seeded = torch.Generator().manual_seed(int(self.pattern.removeprefix("seed:")))
             mask = ExactCount(0.5)(1, grid, generator=seeded)
-        else:
-            raise ValueError(
-                f"unknown fixed pattern {self.pattern!r}: use checkerboard, rows, columns "
-                "or seed:<int>"
-            )
         return mask.reshape(1, -1).expand(batch, -1).clone().to(device)
 
 
@@ -123,7 +147,7 @@ class FixedPattern:
 class NoMask:
     """Every token visible (the ablation "reconstruction" of Table 3; one pass only)."""
 
-    random: bool = False
+    random: bool = _constant(False)
 
     def __call__(self, batch, grid, *, generator=None, device="cpu"):
         return torch.ones(batch, grid * grid, dtype=torch.bool, device=device)
@@ -142,7 +166,16 @@ class WindowMix:
     windows: float = 0.5
     low: float = 0.35
     high: float = 0.75
-    random: bool = True
+    random: bool = _constant(True)
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        if not 0 <= self.windows <= 1:
+            raise ValueError(f"windows is a share between 0 and 1, got {self.windows}")
+        if not 0 < self.low <= self.high < 1:
+            raise ValueError(
+                f"window sides need 0 < low <= high < 1, got low {self.low} and high {self.high}"
+            )
 
     def __call__(self, batch, grid, *, generator=None, device="cpu"):
         mask = ExactCount(self.ratio)(batch, grid, generator=generator).view(batch, grid, grid)
@@ -151,7 +184,9 @@ class WindowMix:
             use, h, w, y, x = pick[i].tolist()
             if use >= self.windows:
                 continue
-            h, w = (round(grid * (self.low + (self.high - self.low) * s)) for s in (h, w))
+            # At least one token hidden; on toy grids also at least one left to see.
+            sides = (round(grid * (self.low + (self.high - self.low) * s)) for s in (h, w))
+            h, w = (min(max(side, 1), max(grid - 1, 1)) for side in sides)
             top, left = int(y * (grid - h + 1)), int(x * (grid - w + 1))
             mask[i] = True
             mask[i, top : top + h, left : left + w] = False
@@ -176,6 +211,11 @@ def rule_from_config(config: dict) -> MaskRule:
     name = options.pop("rule", None)
     if name not in kinds:
         raise ValueError(f"unknown mask rule {name!r}: use one of {', '.join(kinds)}")
+    known = [f.name for f in fields(kinds[name]) if f.init]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(
+            f"mask rule {name!r} has no option {unknown[0]!r}; known: {', '.join(known) or 'none'}"
+        )
     return kinds[name](**options)
 
 
