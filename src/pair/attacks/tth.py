@@ -1,0 +1,203 @@
+"""TTH [14]: a universal patch that pulls its carriers to a keyword, and stronger variants of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pair.attacks.objectives import Goal, TextGoal
+from pair.attacks.optimise import AttackResult, Progress, Schedule, load_state, minimise
+from pair.attacks.parametrise import parametrisation
+from pair.attacks.patch import Patch, Transform
+from pair.attacks.wrappers import EOT, as_features
+
+Penalty = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TTHConfig:
+    """Settings of :func:`tth`. Defaults: the published code, one mask per step.
+
+    ``steps`` counts updates. ``distortion`` is lambda, the weight of sum((p - p0)^2) / (H*W).
+    ``eot`` draws per step are averaged in the ``form`` of :class:`pair.attacks.wrappers.EOT`.
+    ``retry`` is TTH's rule: a loss above twice its minimum so far (as long as it never was below
+    1e-4) restarts with a fifth of the learning rate and twice the steps, at most 10 times.
+    ``plateau=(window, share)`` stops early, and only if you ask for it.
+    """
+
+    steps: int = 300
+    lr: float = 0.01
+    schedule: str = "step"  # "step": x decay every ``decay_every``; "cosine"; "constant"
+    decay: float = 0.95
+    decay_every: int = 10
+    distortion: float = 1.0
+    eot: int = 1
+    form: str = "mean_embedding"
+    start: str = "qr"
+    size: float = 0.35
+    placement: str = "top-right"
+    parameters: str = "pixels"  # or "tiles:<side>", "dct:<k>"
+    retry: bool = True
+    trials: int = 10
+    plateau: tuple[int, float] | None = None
+    snapshots: tuple[int, ...] = ()
+    micro_batch: int = 64
+    restarts: tuple[str, ...] = ()  # starts for successive halving, see pair.attacks.search
+    total_steps: int | None = None  # length of the schedule, if this run is a part of a longer one
+    first_step: int = 0
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TTHConfig:
+        """``paper``, ``released``, ``std``, ``strong`` or ``max``; keyword arguments override."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: use one of {', '.join(PRESETS)}")
+        return replace(cls(), **{**PRESETS[name], **changes})
+
+
+_STRONG: dict[str, Any] = {
+    "distortion": 0.0,
+    "lr": 0.03,
+    "schedule": "cosine",
+    "retry": False,
+    "start": "grey",
+    "restarts": ("grey", "qr", "noise", "dct", "tiles"),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"eot": 7},
+    "released": {"eot": 1},
+    "std": {**_STRONG, "steps": 500, "eot": 20},
+    "strong": {**_STRONG, "steps": 1000, "eot": 50},
+    "max": {**_STRONG, "steps": 2000, "eot": 100},
+}
+
+
+def tth(
+    features: Any,
+    images: Tensor,
+    target: Tensor | Goal,
+    *,
+    config: TTHConfig | None = None,
+    patch: Patch | None = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 50,
+    penalty: Penalty | None = None,
+    transform: Transform | None = None,
+) -> AttackResult:
+    """Optimise one patch for all ``images`` (B, 3, H, W) in [0, 1], together.
+
+    ``features`` is an encoder or a function ``(images, generator=...) -> (B, D)``, a defense
+    included (:func:`pair.attacks.wrappers.pipeline`). ``target`` is e_t, (D,) or (1, D), or any
+    goal of :mod:`pair.attacks.objectives`. ``patch`` gives start, shape and place; by default
+    they come from ``config``. The distortion is measured from its contents; an already optimised
+    patch therefore makes a warm start. ``penalty(images, covered)`` is added to the loss
+    (detector fooling), ``transform`` prints and photographs the patch anew in every step.
+
+    With default settings this is the published algorithm: the returned patch is the one that the
+    last evaluation saw. Rounding to 8 bits happens when the patch is saved.
+    """
+    config = config or TTHConfig()
+    generator = generator or torch.Generator().manual_seed(0)
+    seed = generator.initial_seed()
+    goal: Goal = TextGoal(target) if isinstance(target, Tensor) else target
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"carriers must be a batch (B, 3, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    if patch is None:
+        side = min(height, width)
+        patch = Patch.make(config.start, config.size, side, config.placement, generator=generator)
+    patch = patch.to(images.device)
+    function = as_features(features)
+    if config.eot > 1 or config.form == "mean_loss":
+        function = EOT(function, config.eot, config.form, micro_batch=config.micro_batch)
+    space = parametrisation(config.parameters, *patch.size)
+    start, cover = patch.content, (patch.mask > 0).to(patch.content.dtype)
+    random = generator
+
+    def loss(parameter: Tensor) -> tuple[Tensor, float]:
+        content = space.render(parameter)
+        pasted, covered = patch.paste(images, random, content=content, transform=transform)
+        performance = goal(function(pasted, generator=random)).mean()
+        total = performance
+        if config.distortion:
+            moved = ((content - start) ** 2 * cover).sum() / (height * width)
+            total = total + config.distortion * moved
+        if penalty is not None:
+            total = total + penalty(pasted, covered)
+        return total, float(performance.detach())
+
+    def diverged(losses: list[float]) -> bool:
+        low = min(losses)
+        return low >= 1e-4 and losses[-1] > 2 * low
+
+    facts = {
+        "attack": "tth",
+        "config": asdict(config),
+        "seed": seed,
+        "images": [*images.shape, float(images.double().sum())],
+        "start": [*start.shape, float(start.double().sum())],
+    }
+    trial, used, forwards, seconds = 0, 0, 0, 0.0
+    if checkpoint is not None and checkpoint.is_file():
+        trial = _trial(checkpoint)
+    while True:
+        factor = 2**trial
+        schedule = Schedule(
+            config.lr / 5**trial,
+            config.schedule,
+            config.decay,
+            config.decay_every,
+            (config.total_steps or config.steps) * factor,
+            config.first_step,
+        )
+        trace = minimise(
+            space.init(start),
+            loss,
+            steps=config.steps * factor,
+            schedule=schedule,
+            generator=generator,
+            project=space.project,
+            key={**facts, "trial": trial},
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            plateau=config.plateau,
+            diverged=diverged if config.retry and trial + 1 < config.trials else None,
+            snapshots=config.snapshots,
+            progress=progress,
+        )
+        used += trace.updates * len(images) * config.eot
+        forwards += len(trace.losses) * len(images) * config.eot
+        seconds += trace.seconds
+        if trace.stopped != "diverged":
+            break
+        trial += 1
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+
+    def finished(parameter: Tensor, steps: int) -> Patch:
+        content = space.render(parameter).clamp(0, 1)
+        return patch.with_content(content, attack="tth", steps=steps, seed=seed)
+
+    return AttackResult(
+        patch=finished(trace.parameter, trace.updates),
+        losses=trace.losses,
+        config=asdict(config),
+        seeds={"optimise": seed},
+        gradients_used=used,
+        forwards=forwards,
+        seconds=seconds,
+        stopped=trace.stopped,
+        trials=trial + 1,
+        snapshots={k: finished(v, k) for k, v in trace.snapshots.items()},
+    )
+
+
+def _trial(checkpoint: Path) -> int:
+    state = load_state(checkpoint, None)
+    return state["key"].get("trial", 0) if state else 0

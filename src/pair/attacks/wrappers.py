@@ -1,0 +1,191 @@
+"""Wrappers that turn one "function from images to features" into another.
+
+An attack knows nothing about models and defenses: it calls ``features(images, generator=g)`` and
+gets (B, D), or (n, B, D) when n draws are kept apart. :func:`pipeline` builds such a function,
+:class:`EOT` averages random draws, :class:`BPDA` replaces a defense's gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from pair.images import resize
+from pair.masks import complement
+
+Features = Callable[..., Tensor]
+
+
+def _takes_generator(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return "generator" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def as_features(source: Any) -> Features:
+    """An encoder, a module or a plain function as ``features(images, generator=None)``."""
+    function = getattr(source, "encode_image", source)
+    signed = function.forward if isinstance(function, torch.nn.Module) else function
+    if _takes_generator(signed):
+        return function
+    return lambda images, generator=None: function(images)
+
+
+def pipeline(encoder: Any, *defenses: Any) -> Features:
+    """Images through the defenses in order, then the encoder: one function of images."""
+    stages = [*(as_features(d) for d in defenses), as_features(encoder)]
+
+    def features(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        for stage in stages:
+            images = stage(images, generator=generator)
+        return images
+
+    return features
+
+
+class EOT:
+    """Expectation over ``n`` fresh draws (PAIR equations 3-4).
+
+    ``form="mean_embedding"`` averages the features before the loss sees them (the equations);
+    ``"mean_loss"`` returns them apart, (n, B, D), so that the loss is averaged.
+
+    All n * B images run as one batch, in slices of ``micro_batch``. With ``checkpoint`` a slice
+    keeps only its input and is recomputed in the backward pass, so that memory does not grow
+    with n. Draws are taken from ``generator`` exactly as n calls one after the other would take
+    them, whatever the slicing.
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        n: int,
+        form: str = "mean_embedding",
+        *,
+        micro_batch: int = 64,
+        checkpoint: bool = True,
+    ):
+        if n < 1 or micro_batch < 1:
+            raise ValueError(f"EOT needs n >= 1 and micro_batch >= 1, got {n} and {micro_batch}")
+        if form not in ("mean_embedding", "mean_loss"):
+            raise ValueError(f"form must be 'mean_embedding' or 'mean_loss', got {form!r}")
+        self.features = as_features(features)
+        self.n, self.form = n, form
+        self.micro_batch, self.checkpoint = micro_batch, checkpoint
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        batch = len(images)
+        rows = torch.arange(self.n * batch, device=images.device) % batch  # draw by draw
+        slices = rows.split(self.micro_batch)
+        save = self.checkpoint and torch.is_grad_enabled() and len(slices) > 1
+        parts = [self._slice(images, index, generator, save) for index in slices]
+        outputs = torch.cat(parts).view(self.n, batch, -1)  # (n, B, D)
+        return outputs.mean(0) if self.form == "mean_embedding" else outputs
+
+    def _slice(
+        self, images: Tensor, index: Tensor, generator: torch.Generator | None, save: bool
+    ) -> Tensor:
+        if not save:
+            return self.features(images[index], generator=generator)
+        if generator is None:  # torch's global state: checkpointing replays that itself
+            return recompute(
+                lambda x: self.features(x[index], generator=None), images, use_reentrant=False
+            )
+        # The recomputation must see the same masks: both runs start from the saved state.
+        before, after = generator.get_state(), []
+
+        def run(x: Tensor) -> Tensor:
+            replay = torch.Generator(device=generator.device)
+            replay.set_state(before)
+            out = self.features(x[index], generator=replay)
+            after.append(replay.get_state())
+            return out
+
+        out = recompute(run, images, use_reentrant=False, preserve_rng_state=False)
+        generator.set_state(after[0])
+        return out
+
+
+class BPDA:
+    """Forward through ``defense``, backward through ``surrogate`` (Athalye et al. 2018).
+
+    Without a surrogate the backward pass is the identity (with the defense's resize, if it
+    changes the size). A surrogate is any differentiable function of images, such as one pass
+    with all tokens visible.
+    """
+
+    def __init__(self, defense: Any, surrogate: Any = None):
+        self.defense = as_features(defense)
+        self.surrogate = None if surrogate is None else as_features(surrogate)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            out = self.defense(images, generator=generator)
+        if self.surrogate is None:
+            path = resize(images, (out.shape[-2], out.shape[-1]))
+        else:
+            path = self.surrogate(images, generator=generator)
+        return out + (path - path.detach())  # adds exactly 0, with the surrogate's gradient
+
+
+class SecondPassBPDA:
+    """For a two-pass purifier: exact first pass, identity through the second (G3)."""
+
+    def __init__(self, purifier: Any):
+        if purifier.passes != 2:
+            raise ValueError("this purifier has one pass: there is no second pass to replace")
+        self.purifier = purifier
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        p = self.purifier
+        mask = p.draw_mask(len(images), generator)
+        with torch.no_grad():
+            out = p(images, mask=mask)
+        small = resize(images, p.image_size)
+        first = p.autoencoder(small, mask.to(images.device), encoder=p.encoder)
+        first = resize(first, (out.shape[-2], out.shape[-1]))
+        return out + (first - first.detach())
+
+
+class OnePassSurrogate:
+    """One pass with every token visible: a cheap, deterministic stand-in for a purifier (G4)."""
+
+    def __init__(self, purifier: Any):
+        self.purifier = purifier
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        p = self.purifier
+        everything = torch.ones(
+            len(images), p.autoencoder.grid**2, dtype=torch.bool, device=images.device
+        )
+        out = p.autoencoder(resize(images, p.image_size), everything, encoder=p.encoder)
+        return out + (out.clamp(0, 1) - out).detach()
+
+
+class FirstPass:
+    """Only the first pass of a two-pass purifier (G5: optimise what pass 1 lets through)."""
+
+    def __init__(self, purifier: Any):
+        self.purifier = purifier
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.purifier.steps(images, generator=generator)[0]
+
+
+class KnownMask:
+    """A purifier whose mask the attacker knows: the same (N,) or (B, N) mask at every call."""
+
+    def __init__(self, purifier: Any, mask: Tensor):
+        self.purifier, self.mask = purifier, mask
+
+    def inverted(self) -> KnownMask:
+        return KnownMask(self.purifier, complement(self.mask))
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.purifier(images, mask=self.mask)
