@@ -7,6 +7,7 @@ MAE checkpoints, so those load without translation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,12 +36,26 @@ class GeneratorConfig:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        counts = ("image_size", "patch_size", "width", "depth", "heads")
+        for name in (*counts, "decoder_width", "decoder_depth", "decoder_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}"
             )
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}width"), getattr(self, f"{prefix}heads")
+            if width % heads:
+                raise ValueError(f"{prefix}width {width} is not a multiple of {heads} heads")
+            if width % 4:
+                raise ValueError(f"{prefix}width {width} is not a multiple of 4 (sine positions)")
+        for name, low in (("mean", -math.inf), ("std", 0.0)):
+            values = tuple(getattr(self, name))
+            if len(values) != 3 or not all(isinstance(v, int | float) and v > low for v in values):
+                raise ValueError(f"{name} must be three numbers, one per channel, got {values}")
+            object.__setattr__(self, name, values)
 
     @property
     def grid(self) -> int:
@@ -153,9 +168,10 @@ class MaskedAutoencoder(nn.Module):
     (B, N), True = visible, and returns the decoder's image (B, 3, S, S), *not* clamped.
 
     ``encoder="drop"`` removes hidden tokens before the encoder (MAE); images with different
-    counts share a batch by padding, which does not change any result. ``encoder="zero"`` feeds
-    hidden tokens as black patches (equations 7-9, literally). Either way hidden pixels are
-    removed *before* any arithmetic touches them, so even NaN there cannot reach the output.
+    counts share a batch by padding, which changes results by rounding at most.
+    ``encoder="zero"`` feeds hidden tokens as black patches (equations 7-9, literally). Either
+    way hidden pixels are removed *before* any arithmetic touches them, so even NaN there can
+    reach neither the output nor a gradient.
     """
 
     pos_embed: Tensor
@@ -200,6 +216,11 @@ class MaskedAutoencoder(nn.Module):
         return self.config.grid
 
     def forward(self, images: Tensor, mask: Tensor, encoder: str = "drop") -> Tensor:
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}"
+            )
         tokens = patchify(images, self.config.patch_size)  # (B, N, p*p*3), in [0, 1]
         return self.to_image(self.forward_tokens(tokens, mask, encoder))
 
@@ -211,6 +232,8 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
             )
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True = visible, got {mask.dtype}")
         if encoder == "drop":
             latent, index, keys = self._encode_visible(tokens, mask, mean, std)
             full = self._scatter(self.decoder_embed(latent), index, keys, mask)

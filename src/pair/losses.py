@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,8 +13,14 @@ C2 = 9e-4  # (0.03)^2
 def _tokens(images: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, C, N, patch*patch)."""
     b, c, h, w = images.shape
+    if h % patch or w % patch:
+        raise ValueError(f"{h} x {w} pixels do not divide into tokens of side {patch}")
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.transpose(3, 4).reshape(b, c, -1, patch * patch)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def patch_ssim(x: Tensor, y: Tensor, patch: int, per_channel: bool = True) -> Tensor:
@@ -21,9 +28,12 @@ def patch_ssim(x: Tensor, y: Tensor, patch: int, per_channel: bool = True) -> Te
 
     One uniform window per token. ``per_channel`` takes the statistics of each colour channel and
     averages the three values; otherwise one set of statistics covers all channels (the literal
-    reading of "average pixel value"). Computed in float32; equal inputs give exactly 1.
+    reading of "average pixel value"). Variances divide by the number of pixels. Computed in
+    float32 (float64 stays); equal inputs give exactly 1.
     """
-    a, b = _tokens(x.float(), patch), _tokens(y.float(), patch)  # (B, C, N, P)
+    if x.shape != y.shape:
+        raise ValueError(f"the images differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
+    a, b = _tokens(_precise(x), patch), _tokens(_precise(y), patch)  # (B, C, N, P)
     if not per_channel:
         a, b = (t.transpose(1, 2).flatten(2)[:, None] for t in (a, b))  # (B, 1, N, C*P)
     mu_a, mu_b = a.mean(-1), b.mean(-1)
@@ -41,7 +51,7 @@ def patch_loss(x: Tensor, y: Tensor, patch: int, per_channel: bool = True) -> Te
 
 def semantic_loss(z: Tensor, z_rebuilt: Tensor) -> Tensor:
     """L_s = 1 - cos(D(x), D(x')) averaged over the batch (equation 17). Scalar in [0, 2]."""
-    return (1 - F.cosine_similarity(z.float(), z_rebuilt.float(), dim=-1)).mean()
+    return (1 - F.cosine_similarity(_precise(z), _precise(z_rebuilt), dim=-1)).mean()
 
 
 def total_loss(l_p: Tensor, l_s: Tensor, beta: float = 1.0) -> Tensor:
