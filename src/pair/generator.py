@@ -75,7 +75,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, 3, H, W) -> (B, N, patch*patch*3); a token is flattened as (row, column, channel)."""
     b, c, h, w = images.shape
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+    n = (h // patch) * (w // patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, n, patch * patch * c)
 
 
 def unpatchify(tokens: Tensor, patch: int) -> Tensor:
@@ -264,12 +265,12 @@ class MaskedAutoencoder(nn.Module):
     def _encode_visible(self, tokens, mask, mean, std):
         b, _, d = tokens.shape
         counts = mask.sum(1)
-        longest = int(counts.max())
+        shortest, longest = (int(c) for c in counts.aminmax()) if b else (0, 0)
         # Visible tokens first, in their order; the rest of a short row is padding.
         index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
         picked = tokens.gather(1, index[..., None].expand(-1, -1, d))  # (B, T, p*p*3)
         keys = None
-        if int(counts.min()) != longest:
+        if shortest != longest:
             real = torch.arange(longest, device=mask.device) < counts[:, None]  # (B, T)
             picked = torch.where(real[..., None], picked, torch.zeros_like(picked))
             keys = torch.cat([real.new_ones(b, 1), real], 1)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,23 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise ModelError(f"{path} has format {config.get('format')!r}, this version reads {FORMAT}")
     return config
+
+
+def section(
+    config: dict[str, Any], name: str, known: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """A copy of one table of a config: every known setting present, no other (no guessing)."""
+    table = config.get(name)
+    if not isinstance(table, dict):
+        raise ModelError(f"{folder / CONFIG} has no {name} settings")
+    if missing := [key for key in known if key not in table]:
+        raise ModelError(f"{folder / CONFIG} has no {missing[0]} in its {name} settings")
+    if unknown := sorted(table.keys() - set(known)):
+        raise ModelError(
+            f"{folder / CONFIG} has an unknown {name} setting {unknown[0]!r}: "
+            "it was written by another version"
+        )
+    return dict(table)
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pair.masks import (
     rule_to_config,
 )
 
+STORED = ("mask", "passes", "encoder", "output")  # settings kept beside the weights
+
 # What the paper's text says, and what the authors' published code does.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"rule": Bernoulli(0.5), "encoder": "zero", "output": "decoder", "passes": 2},
@@ -37,7 +40,8 @@ class Purifier(nn.Module):
     """``purifier(images) -> images``: (B, 3, H, W) in [0, 1] -> (B, 3, S, S) in [0, 1].
 
     Images of another size are resized (antialiased, whole image, aspect ratio not kept) to the
-    generator's S x S; set ``restore_size`` to get the input size back. Each image gets a fresh
+    generator's S x S; set ``restore_size`` to get the input size back. The result has the
+    floating-point type of the weights. Each image gets a fresh
     mask from ``generator`` (a ``torch.Generator``; default: torch's global one), or the mask
     that you pass, (B, N) or (N,), True = visible in the first pass.
 
@@ -112,7 +116,9 @@ class Purifier(nn.Module):
         """The first reconstruction (if there are two passes) and the purified images."""
         images = check_images(images)
         size = (images.shape[-2], images.shape[-1])
-        x = resize(images, self.image_size)
+        # Resizing exists in full precision only; the rest runs in the precision of the weights.
+        x = resize(images.float() if images.itemsize < 4 else images, self.image_size)
+        x = x.to(next(self.parameters()).dtype)
         if mask is None:
             mask = self.draw_mask(len(x), generator)
         mask = self._check_mask(mask.to(x.device), len(x))
@@ -121,8 +127,7 @@ class Purifier(nn.Module):
         if self.passes == 2:
             second = self._pass(first, complement(mask))
             if self.output == "paste":
-                hidden = self._pixels(mask)
-                second = torch.where(hidden, second, first)
+                second = torch.where(self._pixels(mask), second, first)
             out.append(second)
         elif self.output == "paste":
             out = [torch.where(self._pixels(mask), x, first)]
@@ -135,7 +140,7 @@ class Purifier(nn.Module):
     def _pixels(self, mask: Tensor) -> Tensor:
         """(B, N) -> (B, 1, S, S), True where the token was visible in pass 1."""
         g, p = self.autoencoder.grid, self.autoencoder.config.patch_size
-        m = mask.view(-1, 1, g, g)
+        m = mask.view(len(mask), 1, g, g)
         return m.repeat_interleave(p, 2).repeat_interleave(p, 3)
 
     def _clamp(self, x: Tensor) -> Tensor:
@@ -164,20 +169,20 @@ class Purifier(nn.Module):
         ``preset="paper"`` or ``"released"`` selects a documented reading of the method; other
         keyword arguments override the settings stored with the weights.
         """
+        preset = options.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         folder = hub.resolve(name)
         config = hub.read_config(folder, "generator")
-        try:
-            settings = {**config["purifier"]}
-            model = MaskedAutoencoder(GeneratorConfig(**config["model"]))
-            settings["rule"] = rule_from_config(settings.pop("mask"))
-        except (KeyError, TypeError) as error:
-            raise hub.ModelError(f"{folder / hub.CONFIG} is incomplete: {error}") from error
+        if (target := config.get("pixel_target")) != "plain":
+            # De-normalising with the input's own patch statistics would put the patch back.
+            raise hub.ModelError(f"{folder} has pixel target {target!r}: only 'plain' is safe")
+        geometry = hub.section(config, "model", [f.name for f in fields(GeneratorConfig)], folder)
+        settings = hub.section(config, "purifier", STORED, folder)
+        settings["rule"] = rule_from_config(settings.pop("mask"))
+        model = MaskedAutoencoder(GeneratorConfig(**geometry))
         hub.load_into(model, hub.read_weights(folder, config), str(folder))
-        if (preset := options.pop("preset", None)) is not None:
-            if preset not in PRESETS:
-                raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-            settings = {**settings, **PRESETS[preset]}
-        return cls(model, **{**settings, **options}).eval()
+        return cls(model, **{**settings, **PRESETS.get(preset, {}), **options}).eval()
 
     def save_pretrained(
         self,
@@ -193,9 +198,7 @@ class Purifier(nn.Module):
             "pixel_target": "plain",
             "purifier": {
                 "mask": rule_to_config(self.rule),
-                "passes": self.passes,
-                "encoder": self.encoder,
-                "output": self.output,
+                **{name: getattr(self, name) for name in STORED if name != "mask"},
             },
             **facts,
         }
