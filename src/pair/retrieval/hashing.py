@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pair import hub
 from pair.generator import IMAGENET_MEAN, IMAGENET_STD
-from pair.images import check_images, resize
-from pair.retrieval.resnet import ResNet, ResNetConfig
+from pair.images import check_images, resize, resize_crop
+from pair.retrieval.backbones import build_backbone
+from pair.retrieval.resnet import ResNetConfig
 
 
 def hadamard(order: int) -> Tensor:
@@ -71,18 +72,48 @@ def csq_loss(u: Tensor, centres: Tensor, quantisation: float = 1e-4) -> Tensor:
 
 @dataclass(frozen=True)
 class HashConfig:
+    """Configuration of a :class:`HashNet`.
+
+    ``backbone``: a residual network of this package, or a name that
+    :func:`pair.retrieval.backbones.build_backbone` knows. ``head``: "linear", or "mlp" as in the
+    official CSQ code. ``resize`` of images of another size than S: "squash" (the whole image to
+    S), "short" (short side to 8/7 S, centre crop) or "square" (squash to 255/224 S, centre crop).
+    """
+
     image_size: int = 112
     bits: int = 64
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: ResNetConfig | str = field(default_factory=ResNetConfig)
     classes: tuple[str, ...] = ()
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    head: str = "linear"
+    resize: str = "squash"
+
+    def __post_init__(self) -> None:
+        if self.head not in ("linear", "mlp"):
+            raise ValueError(f"unknown hash head {self.head!r}: use 'linear' or 'mlp'")
+        if self.resize not in ("squash", "short", "square"):
+            raise ValueError(f"unknown resize {self.resize!r}: use squash, short or square")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HashConfig:
-        backbone = ResNetConfig(**data["backbone"])
+        backbone = data["backbone"]
+        if not isinstance(backbone, str):
+            backbone = ResNetConfig(**backbone)
         rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**{**rest, "backbone": backbone})
+
+
+def hash_head(kind: str, features: int, bits: int) -> nn.Module:
+    """The hash layer: one linear layer N(0, 0.01), as DeepHash and AdvHash have it, or the two
+    hidden layers of the official CSQ code. The tanh belongs to the loss."""
+    last = nn.Linear(features if kind == "linear" else 2048, bits)
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
+    if kind == "linear":
+        return last
+    first = [nn.Linear(features, 2048), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*first, nn.Linear(2048, 2048), nn.ReLU(), last)
 
 
 class HashNet(nn.Module):
@@ -96,10 +127,8 @@ class HashNet(nn.Module):
         super().__init__()
         self.config = config
         self.image_size, self.dim, self.bits = config.image_size, config.bits, config.bits
-        self.backbone = ResNet(config.backbone)
-        self.head = nn.Linear(config.backbone.features, config.bits)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.backbone, features = build_backbone(config.backbone)
+        self.head = hash_head(config.head, features, config.bits)
         seeded = torch.Generator().manual_seed(0)
         centres = hash_centres(max(1, len(config.classes)), config.bits, seeded)
         self.register_buffer("centres", centres)
@@ -107,7 +136,19 @@ class HashNet(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return self.image_features(resize(check_images(images), self.image_size))
+        return self.image_features(self.prepare(check_images(images)))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images of any size -> (B, 3, S, S), by the rule of the config."""
+        size, rule = self.image_size, self.config.resize
+        if rule == "squash" or tuple(images.shape[-2:]) == (size, size):
+            return resize(images, size)
+        if rule == "square":
+            images = resize(images, size * 255 // 224)
+        else:
+            images = resize_crop(images, size * 8 // 7)
+        at = (images.shape[-1] - size) // 2
+        return images[..., at : at + size, at : at + size]
 
     def image_features(self, images: Tensor) -> Tensor:
         """Outputs for images that already have a trained size (no checks, no resize)."""
