@@ -7,7 +7,7 @@ import sys
 import typer
 
 from pair import __version__
-from pair.commands import data, demo, models, train
+from pair.commands import data, demo, models, purify, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
+app.command("purify")(purify.purify)
 app.command("train")(train.train)
 
 

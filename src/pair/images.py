@@ -5,16 +5,43 @@ Everywhere else an image is a float32 tensor (B, 3, H, W), RGB, in [0, 1].
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pair.decode import MAX_PIXELS, ImageError, decode
+from pair.files import write_atomic
+from pair.picture import Picture
+
+__all__ = [
+    "MAX_PIXELS",
+    "WRITABLE",
+    "ImageError",
+    "check_images",
+    "decode",
+    "from_pil",
+    "load_batch",
+    "load_image",
+    "quantise",
+    "resize",
+    "resize_crop",
+    "save_image",
+    "shrink",
+    "to_pil",
+]
+
 TOLERANCE = 1e-6
+STRIP = 4_000_000  # pixels that are floats at a time while a picture is made smaller
+WRITABLE = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG",
+    ".png": "PNG", ".webp": "WEBP",
+}  # fmt: skip
 
 
 def check_images(images: Tensor) -> Tensor:
@@ -24,6 +51,8 @@ def check_images(images: Tensor) -> Tensor:
             f"images must have shape (B, 3, H, W), got {tuple(images.shape)}; "
             "add a batch dimension with images[None]"
         )
+    if 0 in images.shape[-2:]:
+        raise ValueError(f"images need at least one pixel, got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255")
     if images.numel():
@@ -56,10 +85,8 @@ def resize_crop(images: Tensor, size: int) -> Tensor:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """PIL image -> (3, H, W) float32 in [0, 1], RGB, upright."""
-    picture = ImageOps.exif_transpose(picture)
-    array = np.array(picture.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1).div_(255).contiguous()
+    """PIL image of any mode -> (3, H, W) float32 in [0, 1], RGB on white, upright."""
+    return Picture(ImageOps.exif_transpose(picture)).pixels()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -68,11 +95,75 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
-def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """Decode a file to (3, H, W) in [0, 1]."""
-    with Image.open(Path(path)) as picture:
-        picture.load()
-        return from_pil(picture)
+def load_image(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    size: int | tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Decode a file (or its bytes) to (3, H, W) in [0, 1], RGB, upright; see :mod:`pair.decode`.
+
+    ``size`` gives what ``resize`` would make of the image, without ever holding the full picture
+    as floats. Raises :class:`ImageError` for anything that is not a whole picture of at most
+    ``max_pixels`` pixels, ``OSError`` if there is no such file or it cannot be read.
+    """
+    picture = decode(source, max_pixels=max_pixels)
+    return picture.upright(picture.pixels()) if size is None else shrink(picture, size)
+
+
+def shrink(picture: Picture, size: int | tuple[int, int]) -> Tensor:
+    """``resize`` of a decoded picture, strip by strip: upright (3, height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if picture.orientation >= 5:
+        height, width = width, height
+    h, w = picture.stored_size
+    # Antialiased bilinear resizing is separable: strips of rows are first made narrower, then
+    # the rows become fewer; the other way round for tall pictures. Either keeps the half-way
+    # result small.
+    step = max(1, STRIP // max(h, w))
+    if w >= h:
+        boxes = [(0, y, w, min(h, y + step)) for y in range(0, h, step)]
+        strips = [resize(picture.pixels(b)[None], (b[3] - b[1], width)) for b in boxes]
+        half = torch.cat(strips, -2)
+    else:
+        boxes = [(x, 0, min(w, x + step), h) for x in range(0, w, step)]
+        strips = [resize(picture.pixels(b)[None], (height, b[2] - b[0])) for b in boxes]
+        half = torch.cat(strips, -1)
+    return picture.upright(resize(half, (height, width))[0].clamp_(0, 1))
+
+
+def save_image(
+    path: str | os.PathLike[str],
+    image: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    quality: int = 95,
+    mtime_ns: int | None = None,
+) -> None:
+    """Write (3, H, W) in [0, 1] as .jpg, .png or .webp; the file appears whole or not at all.
+
+    ``size`` = (height, width) resizes first, one channel at a time. JPEG and WebP are written
+    with ``quality`` (JPEG without chroma subsampling), PNG without loss. No metadata is written.
+    """
+    image = check_images(image[None])
+    kind = WRITABLE.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"cannot write {path}: the name must end in .jpg, .png or .webp")
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": quality}
+    if kind == "JPEG":
+        options["subsampling"] = 0
+    bands = [
+        resize(band, size or tuple(band.shape[-2:])).mul(255).round_().clamp_(0, 255).byte()
+        for band in image.detach().cpu().split(1, dim=1)
+    ]
+    picture = Image.merge("RGB", [Image.fromarray(band[0, 0].numpy()) for band in bands])
+    data = io.BytesIO()
+    try:
+        picture.save(data, kind, **options)
+    except (OSError, ValueError) as error:  # JPEG ends at 65,535 pixels a side, WebP at 16,383
+        h, w = picture.height, picture.width
+        raise ValueError(f"cannot write {path}: {kind} cannot hold {w} x {h} pixels") from error
+    write_atomic(path, data.getvalue(), mtime_ns=mtime_ns)
 
 
 def load_batch(paths: list[Path], size: int) -> Tensor:

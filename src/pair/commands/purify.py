@@ -1,0 +1,142 @@
+"""``pair purify``: purify photos and folders of photos."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pair.guard.folder import Summary
+
+
+def purify(
+    paths: Annotated[list[Path], typer.Argument(help="Photos, and folders with all below.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; it mirrors the tree.")],
+    model: Annotated[
+        str, typer.Option(help="Shipped name, folder, or hub repository.")
+    ] = "pair-small",
+    preset: Annotated[
+        str | None, typer.Option(help="'paper' or 'released' instead of the model's own settings.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed at a time.")] = 16,
+    restore_size: Annotated[
+        bool, typer.Option("--restore-size", help="Scale results to the size of the originals.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Repeatable masks, for experiments; default: secret, fresh ones."),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="keep, png, jpg or webp; keep makes PNG of what is none of these."),
+    ] = "keep",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Do everything again, whatever is in --out.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
+) -> None:
+    """Purify photos. Stop it at any time; the same command continues where it was.
+
+    Broken files are listed in OUT/failures.jsonl and do not stop the rest. Exit code: 0 all is
+    purified, 1 some files failed, 2 wrong usage or --out cannot be written, 130/143 stopped.
+    """
+    import torch
+
+    from pair.guard.folder import purify_folder
+    from pair.guard.plan import FORMATS
+    from pair.purifier import Purifier
+
+    if format not in FORMATS:
+        raise ValueError(f"--format: {format!r} is none of {', '.join(FORMATS)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = {"restore_size": restore_size} | ({"preset": preset} if preset else {})
+    purifier = Purifier.from_pretrained(model, **options)
+    try:
+        purifier.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say "there is none"
+        raise ValueError(f"--device: cannot compute on {device!r} here") from error
+    with _stopping() as (stop, caught), _bar() as progress:
+        summary = purify_folder(
+            paths,
+            out,
+            purifier,
+            seed=seed,
+            format=format,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=progress,
+            stop=stop.is_set,
+        )
+    typer.echo(_sentence(summary))
+    if summary.stopped:
+        typer.echo("pair: stopped; run the same command again to continue", err=True)
+        raise typer.Exit(128 + caught[0])
+    raise typer.Exit(1 if summary.failed else 0)
+
+
+def _sentence(summary: Summary) -> str:
+    parts = [f"{summary.purified} purified", f"{summary.skipped} already done"]
+    if summary.ignored:
+        parts.append(f"{summary.ignored} other files ignored")
+    parts.append(f"{summary.failed} failed" + f" (see {summary.failures})" * bool(summary.failed))
+    return ", ".join(parts)
+
+
+@contextmanager
+def _stopping() -> Iterator[tuple[Event, list[int]]]:
+    """The first SIGINT or SIGTERM sets the event, a second SIGINT interrupts at once."""
+    event, caught = Event(), [signal.SIGINT.value]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        caught[0] = number
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event, caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _bar() -> Iterator:
+    """A progress bar with images/s and time left, on stderr so that stdout stays a summary."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("purifying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("purify", total=None, pace="")
+        start = time.monotonic()
+
+        def show(summary: Summary) -> None:
+            new = summary.finished - summary.skipped  # what was done before tells nothing of pace
+            rate = new / max(time.monotonic() - start, 1e-9)
+            pace = ""
+            if new:
+                left = round((summary.found - summary.finished) / rate)
+                failed = f", {summary.failed} failed" if summary.failed else ""
+                clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+                pace = f"{rate:.1f} images/s, {clock} left{failed}"
+            bar.update(task, total=summary.found, completed=summary.finished, pace=pace)
+
+        yield show

@@ -1,0 +1,1 @@
+"""What an operator of image search runs over a collection."""

@@ -1,0 +1,194 @@
+"""Purify files and folders: resumable, one bad file never stops the rest.
+
+Decoding runs ahead in threads, the purifier computes, a thread writes; at most a few batches of
+small images are in memory, and one full-size picture per decoding thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from pair import files
+from pair.guard.pipeline import Item, ahead, batches, compute, load, make_folder, write
+from pair.guard.plan import FAILURES, FORMATS, Plan, find_done, make_plan, settle_record
+from pair.images import MAX_PIXELS
+from pair.purifier import Purifier
+
+_WORKERS = 2  # decoding threads
+
+
+@dataclass
+class Summary:
+    """Counts of a run: ``found = purified + skipped + failed`` when it ran to its end."""
+
+    found: int = 0
+    purified: int = 0
+    skipped: int = 0  # done in an earlier run
+    failed: int = 0  # listed in ``failures``
+    ignored: int = 0  # not named like an image
+    stopped: bool = False
+    failures: Path | None = None
+
+    @property
+    def finished(self) -> int:
+        return self.purified + self.skipped + self.failed
+
+
+def purify_folder(
+    paths: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    purifier: Purifier,
+    *,
+    seed: int | None = None,
+    format: str = "keep",
+    batch_size: int = 16,
+    overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[Summary], None] = lambda summary: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Purify ``paths`` (files, folders with all below) into ``out``; see :mod:`pair.guard.plan`
+    for names, and for what counts as done when the same call is repeated.
+
+    Without ``seed`` every image gets a secret mask from the operating system's entropy. With it,
+    an image's mask depends on the seed and its name below the root alone, and images keep their
+    places in the batches: a run that was stopped and resumed writes the same bytes as one that
+    was not (same files, settings and machine). Each image has a mask of its own in all presets.
+
+    Files that cannot be read are listed in ``out/failures.jsonl`` ({"path", "reason"} per line),
+    which describes the latest run. ``progress`` is called after each batch; after ``stop()``
+    returns True the images in work are finished and the call returns.
+
+    Raises ``ValueError`` on settings or paths that make no sense, ``OSError`` if ``out`` cannot
+    be written or the disk is full; what is in ``out`` by then is complete.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    out = Path(os.path.abspath(out))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: the results need a folder")
+    plan = make_plan(paths, out, format)
+    settings = {
+        "model": fingerprint(purifier),
+        "purifier": purifier.extra_repr(),
+        "restore size": purifier.restore_size,
+        "output format": format,
+        "seed": "secret" if seed is None else seed,
+    }
+    with _sole_writer(out):
+        find_done(plan, settle_record(plan, settings, overwrite, time.time_ns()))
+        found = len(plan.jobs) + len(plan.unreadable)
+        summary = Summary(found, skipped=len(plan.done), ignored=plan.ignored)
+        _remove_partials(plan)
+        progress(summary)
+        _run(plan, purifier, seed, batch_size, max_pixels, summary, progress, stop)
+    return summary
+
+
+def fingerprint(purifier: Purifier) -> str:
+    """SHA-256 over the names, shapes and values of the weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(purifier.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _run(
+    plan: Plan,
+    purifier: Purifier,
+    seed: int | None,
+    batch_size: int,
+    max_pixels: int,
+    summary: Summary,
+    progress: Callable[[Summary], None],
+    stop: Callable[[], bool],
+) -> None:
+    report = plan.out / FAILURES
+    report.unlink(missing_ok=True)
+
+    def fail(path: str, reason: str) -> None:
+        _append(report, {"path": path, "reason": reason})
+        summary.failed, summary.failures = summary.failed + 1, report
+
+    for error in plan.unreadable:
+        fail(error.filename, f"the folder cannot be read: {error.strerror}")
+    writing: deque[Future[list[Item]]] = deque()
+
+    def account(ahead: int) -> None:
+        while len(writing) > ahead:
+            for item in writing.popleft().result():
+                if item.reason:
+                    fail(item.job.source, item.reason)
+                else:
+                    summary.purified += 1
+            progress(summary)
+
+    closing = Event()
+    with ThreadPoolExecutor(_WORKERS) as readers, ThreadPoolExecutor(1) as writer:
+        decoding = partial(load, purifier.image_size, max_pixels, closing)
+        try:
+            for count, items in ahead(readers, _WORKERS, decoding, batches(plan, batch_size)):
+                if stop():
+                    break
+                images = compute(purifier, count, items, seed)
+                writing.append(writer.submit(write, items, images, purifier.restore_size))
+                account(1)
+            account(0)
+        finally:
+            closing.set()
+            readers.shutdown(wait=False, cancel_futures=True)
+    summary.stopped = summary.finished < summary.found
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    # One line in one write: a killed process cannot leave half of it.
+    try:
+        with open(path, "ab", buffering=0) as handle:
+            handle.write((json.dumps(row) + "\n").encode())
+    except OSError as error:
+        raise files.explained(error, path) from error
+
+
+def _remove_partials(plan: Plan) -> None:
+    for folder in {plan.out, *(Path(job.target).parent for job in plan.jobs)}:
+        for stale in folder.glob(files.PARTIAL):
+            stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Create ``out`` and keep other processes from writing there, where the system can."""
+    make_folder(out)
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - Windows
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another 'pair purify' is writing to {out}: let it finish") from None
+        except OSError:  # a network drive without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
