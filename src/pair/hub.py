@@ -41,16 +41,18 @@ def shipped_models() -> list[str]:
     return sorted(p.name for p in root.iterdir() if (p / CONFIG).is_file())
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
-    """The local folder of a model; downloads only when ``name`` names a hub repository."""
+def resolve(name: str | os.PathLike[str], files: Sequence[str] = (CONFIG, WEIGHTS)) -> Path:
+    """The local folder of a model; downloads (``files`` only) when ``name`` names a repository."""
     text = os.fspath(name)
-    if (shipped_root() / text / CONFIG).is_file() and os.sep not in text:
+    if (shipped_root() / text / CONFIG).is_file() and os.sep not in text and text:
         return shipped_root() / text
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return path
+    if text and path.is_file():
+        raise ModelError(f"{text} is a file: name the folder that holds it")
     if text.startswith("hub:") or (text.count("/") == 1 and text[0] not in "./~"):
-        return _download(text.removeprefix("hub:"))
+        return _download(text.removeprefix("hub:"), files)
     known = ", ".join(shipped_models()) or "none"
     raise ModelError(
         f"no model {text!r}: it is neither a folder nor one of the shipped models ({known}) "
@@ -58,7 +60,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:  # pragma: no cover - depends on the installation
@@ -68,13 +70,15 @@ def _download(name: str) -> Path:
         ) from error
     repository, _, revision = name.partition("@")
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]
-            )
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(files)
         )
-    except Exception as error:
-        raise ModelError(f"cannot fetch {name!r} from the hub: {error}") from error
+    except Exception as error:  # the client raises a dozen unrelated kinds
+        why = " ".join(str(error).split())
+        raise ModelError(
+            f"no folder {name!r}, and fetching it from the hub failed: {why}"
+        ) from error
+    return Path(folder)
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG}: it is not a model folder of this project")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("kind") != kind:
@@ -153,19 +157,21 @@ def save(
     card: str | None = None,
 ) -> Path:
     """Write a model folder; every file appears whole or not at all."""
+    tensors = {}
+    for key, value in module.state_dict().items():
+        stored = value.to(dtype) if value.is_floating_point() else value
+        if not torch.equal(value.isfinite(), stored.isfinite()):
+            raise ModelError(f"{key} has values that {dtype} cannot hold: save in another type")
+        tensors[key] = stored.detach().cpu().contiguous()
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: (v.to(dtype) if v.is_floating_point() else v).detach().cpu().contiguous()
-        for k, v in module.state_dict().items()
-    }
     with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as scratch:
         weights = Path(scratch) / WEIGHTS
         save_file(tensors, weights)
         record = {**config, "format": FORMAT, "sha256": sha256(weights)}
-        (Path(scratch) / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+        (Path(scratch) / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if card is not None:
-            (Path(scratch) / "README.md").write_text(card)
+            (Path(scratch) / "README.md").write_text(card, "utf-8")
         for name in sorted(os.listdir(scratch), key=lambda n: n == CONFIG):  # config last
             os.replace(Path(scratch) / name, out / name)
     return out
