@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pair.attacks.patch import Patch
+from pair.files import write_atomic
 
 Progress = Callable[[int, int, float], None]  # step, steps, loss
 
@@ -37,6 +38,7 @@ class AttackResult:
     stopped: str = "budget"
     trials: int = 1
     snapshots: dict[int, Patch] = field(default_factory=dict)
+    patches: list[Patch] = field(default_factory=list)  # per-image scope: one per carrier
     curves: dict[str, list[float]] = field(default_factory=dict)  # further curves, by name
 
     @property
@@ -105,9 +107,9 @@ class Schedule:
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Tensors and plain values to a file that appears by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue(), durable=False)
 
 
 def load_state(path: Path | None, key: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -180,7 +182,8 @@ def minimise(
             project(parameter)
         if step in snapshots:
             kept[step] = parameter.detach().clone()
-        if checkpoint is not None and step > first and step % checkpoint_every == 0:
+        due = step > first and (step % checkpoint_every == 0 or step == steps)
+        if checkpoint is not None and due:
             save_state(
                 checkpoint,
                 {

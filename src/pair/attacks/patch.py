@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pair.attacks.carriers import carrier, pixels, rectangle
+from pair.files import write_atomic
 from pair.images import quantise
 
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
@@ -228,23 +230,20 @@ class Patch:
         png.parent.mkdir(parents=True, exist_ok=True)
         rgba = torch.cat([self.content, self.mask[None]]).detach().cpu().clamp(0, 1)
         array = rgba.mul(255).round().byte().permute(1, 2, 0).numpy()
-        partial = png.with_suffix(".png.partial")
-        Image.fromarray(np.ascontiguousarray(array)).save(partial, format="PNG")
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        os.replace(partial, png)
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
+        write_atomic(png, buffer.getvalue())
         facts = {
             "format": FORMAT,
             "kind": "patch",
             "png": png.name,
-            "sha256": digest,
+            "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
             "size": list(self.size),
             "image_size": self.image_size,
             "placement": asdict(self.placement),
             "notes": self.notes,
         }
-        partial = png.with_suffix(".json.partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(partial, png.with_suffix(".json"))
+        write_atomic(png.with_suffix(".json"), (json.dumps(facts, indent=1) + "\n").encode())
         return png
 
     @classmethod

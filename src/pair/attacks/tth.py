@@ -48,6 +48,7 @@ class TTHConfig:
     snapshots: tuple[int, ...] = ()
     micro_batch: int = 64
     restarts: tuple[str, ...] = ()  # starts for successive halving, see pair.attacks.search
+    scope: str = "universal"  # or "per-image": every carrier gets a patch of its own
     total_steps: int | None = None  # length of the schedule, if this run is a part of a longer one
     first_step: int = 0
 
@@ -101,6 +102,10 @@ def tth(
 
     With default settings this is the published algorithm: the returned patch is the one that the
     last evaluation saw. Rounding to 8 bits happens when the patch is saved.
+
+    With ``config.restarts`` the budget goes through successive halving over those starts (and
+    over ``patch``, if you give one). With ``scope="per-image"`` the result has ``patches``, one
+    per carrier, and ``patch`` is the first of them.
     """
     config = config or TTHConfig()
     generator = generator or torch.Generator().manual_seed(0)
@@ -112,7 +117,31 @@ def tth(
     if patch is None:
         side = min(height, width)
         patch = Patch.make(config.start, config.size, side, config.placement, generator=generator)
+        names = config.restarts
+    else:
+        names = ("given", *config.restarts) if config.restarts else ()
     patch = patch.to(images.device)
+    if names:
+        from pair.attacks.search import default_starts, successive_halving
+
+        return successive_halving(
+            features,
+            images,
+            goal,
+            default_starts(names, patch, config, generator),
+            config,
+            generator=generator,
+            progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            penalty=penalty,
+            transform=transform,
+        )
+    each = config.scope == "per-image"
+    if config.scope not in ("universal", "per-image"):
+        raise ValueError(f"scope must be 'universal' or 'per-image', got {config.scope!r}")
+    if each and config.parameters != "pixels":
+        raise ValueError("per-image patches are optimised in pixels: set parameters='pixels'")
     function = as_features(features)
     if config.eot > 1 or config.form == "mean_loss":
         function = EOT(function, config.eot, config.form, micro_batch=config.micro_batch)
@@ -124,7 +153,8 @@ def tth(
         content = space.render(parameter)
         pasted, covered = patch.paste(images, random, content=content, transform=transform)
         performance = goal(function(pasted, generator=random)).mean()
-        total = performance
+        # Adam is blind to the scale, the distortion is not: the sum keeps carriers independent.
+        total = performance * len(images) if each else performance
         if config.distortion:
             moved = ((content - start) ** 2 * cover).sum() / (height * width)
             total = total + config.distortion * moved
@@ -157,7 +187,7 @@ def tth(
             config.first_step,
         )
         trace = minimise(
-            space.init(start),
+            start.expand(len(images), -1, -1, -1) if each else space.init(start),
             loss,
             steps=config.steps * factor,
             schedule=schedule,
@@ -184,8 +214,11 @@ def tth(
         content = space.render(parameter).clamp(0, 1)
         return patch.with_content(content, attack="tth", steps=steps, seed=seed)
 
+    rows = trace.parameter if each else trace.parameter[None]
+    patches = [finished(row, trace.updates) for row in rows]
     return AttackResult(
-        patch=finished(trace.parameter, trace.updates),
+        patch=patches[0],
+        patches=patches,
         losses=trace.losses,
         config=asdict(config),
         seeds={"optimise": seed},
@@ -194,7 +227,7 @@ def tth(
         seconds=seconds,
         stopped=trace.stopped,
         trials=trial + 1,
-        snapshots={k: finished(v, k) for k, v in trace.snapshots.items()},
+        snapshots={k: finished(v[0] if each else v, k) for k, v in trace.snapshots.items()},
     )
 
 

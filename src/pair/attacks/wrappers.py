@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -189,3 +190,44 @@ class KnownMask:
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.purifier(images, mask=self.mask)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A defended encoder as its strongest adaptive attacker sees it."""
+
+    features: Features
+    samples: int  # draws per step that the defense asks for
+    penalty: Callable[[Tensor, Tensor], Tensor] | None  # detector fooling
+    gradient: str  # "exact", "eot" or "bpda"
+
+
+def adaptive(encoder: Any, defense: Any, fooling_weight: float = 1.0) -> Adaptive:
+    """Attack ``encoder`` behind ``defense`` with the gradient that the defense declares.
+
+    Works with anything that has a ``gradient`` (kind and samples), as all of
+    ``pair.defenses`` do, and with a bare ``Purifier``; refuses a defense that declares none, for
+    then a table would show an attack that nobody vouches for.
+    """
+    from pair.purifier import Purifier
+
+    if isinstance(defense, Purifier):
+        defense.straight_through = True  # the final clamp must not stop gradients
+        samples = 7 if defense.random else 1  # h_adv of PAIR, section 5.1
+        kind = "eot" if defense.random else "exact"
+        return Adaptive(pipeline(encoder, defense), samples, None, kind)
+    declared = getattr(defense, "gradient", None)
+    if declared is None:
+        raise ValueError(
+            f"{type(defense).__name__} declares no gradient: give it a property 'gradient' (see "
+            "pair.defenses.base.Gradient), or wrap it in BPDA and attack that"
+        )
+    harden = getattr(defense, "harden", None)
+    victim = harden(encoder) if harden is not None else encoder
+    fool = getattr(defense, "detector_loss", None)
+
+    def penalty(images: Tensor, covered: Tensor) -> Tensor:
+        loss = None if fool is None else fool(images, covered)
+        return images.new_zeros(()) if loss is None else fooling_weight * loss
+
+    return Adaptive(pipeline(victim, defense), declared.samples, penalty, declared.kind)

@@ -1,0 +1,91 @@
+"""What an attack will cost, before it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pair.attacks.advhash import AdvHashConfig
+from pair.attacks.search import SHARES
+from pair.attacks.tth import TTHConfig
+from pair.attacks.wrappers import EOT
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sample gradients (one image, one draw, forward and backward) and the time they take."""
+
+    updates: int
+    gradients: int
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.updates:,} updates, at most {self.gradients:,} sample gradients (one forward "
+            "and one backward pass each; one more forward where memory is saved)"
+        )
+        if self.seconds is None:
+            return text
+        m, s = divmod(round(self.seconds), 60)
+        h, m = divmod(m, 60)
+        return f"{text}, about {h}:{m:02d}:{s:02d} here"
+
+
+def measure(
+    features: Any,
+    images: Tensor,
+    eot: int = 1,
+    *,
+    repeats: int = 2,
+    micro_batch: int = 64,
+) -> float:
+    """Seconds per sample gradient: the best of ``repeats`` steps of at most one micro-batch."""
+    batch = images[:micro_batch]
+    draws = max(1, min(eot, micro_batch // len(batch)))
+    function = EOT(features, draws, micro_batch=micro_batch)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        x = batch.clone().requires_grad_(True)
+        begin = time.perf_counter()
+        torch.autograd.grad(function(x, torch.Generator().manual_seed(0)).square().sum(), x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best / (len(batch) * draws)
+
+
+def estimate(
+    config: TTHConfig | AdvHashConfig, images: int, per_gradient: float | None = None
+) -> Cost:
+    """Upper bound of the cost of a configuration on ``images`` carriers or source photos.
+
+    Restarts count with successive halving; TTH's retry rule could double the steps and is left
+    out, because it hardly ever fires.
+    """
+    if isinstance(config, AdvHashConfig):
+        batches = -(-images // config.batch)
+        updates = config.epochs * batches * config.iterations
+        if config.budget is not None:
+            updates = min(updates, config.budget)
+        gradients = updates * min(config.batch, images) * config.eot
+    else:
+        updates = halved_steps(config)
+        gradients = updates * images * config.eot
+    return Cost(updates, gradients, None if per_gradient is None else gradients * per_gradient)
+
+
+def halved_steps(config: TTHConfig) -> int:
+    """Updates of all restarts together."""
+    alive, steps, first = max(1, len(config.restarts)), 0, 0
+    if alive == 1:
+        return config.steps
+    for rung, share in enumerate(SHARES):
+        last = rung == len(SHARES) - 1
+        part = config.steps - first if last else round(share * config.steps)
+        steps, first = steps + alive * part, first + part
+        alive = 1 if rung >= len(SHARES) - 2 else (alive + 1) // 2
+    return steps

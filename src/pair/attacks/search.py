@@ -1,0 +1,200 @@
+"""Around one optimisation: restarts by successive halving, and the search for a place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pair.attacks.carriers import carrier
+from pair.attacks.evaluate import score
+from pair.attacks.objectives import Goal, TextGoal
+from pair.attacks.optimise import AttackResult, Progress
+from pair.attacks.patch import Patch, Placement
+from pair.attacks.tth import TTHConfig, tth
+
+SHARES = (0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one restart begins: contents (a patch) and what is optimised."""
+
+    patch: Patch
+    parameters: str = "pixels"
+
+
+def default_starts(
+    names: tuple[str, ...],
+    patch: Patch,
+    config: TTHConfig,
+    generator: torch.Generator,
+    tile: int = 16,
+) -> dict[str, Start]:
+    """Starts by name in the shape and place of ``patch``.
+
+    A name is a carrier, "dct" (grey, low frequencies), "tiles" (noise, one repeated tile) or
+    "given" (the contents of ``patch``: a warm start, a collage).
+    """
+    starts = {}
+    for name in names:
+        kind = {"dct": "grey", "tiles": "noise"}.get(name, name)
+        content = patch.content
+        if name != "given":
+            content = carrier(kind, *patch.size, generator).to(content)
+        side = min(tile, *patch.size)
+        space = {"dct": "dct:12", "tiles": f"tiles:{side}"}.get(name, config.parameters)
+        starts[name] = Start(patch.with_content(content), space)
+    return starts
+
+
+def successive_halving(
+    features: Any,
+    images: Tensor,
+    target: Tensor | Goal,
+    starts: Mapping[str, Start],
+    config: TTHConfig,
+    *,
+    generator: torch.Generator | None = None,
+    selection_seed: int = 1_000_003,
+    selection_draws: int = 6,
+    shares: tuple[float, ...] = SHARES,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AttackResult:
+    """Run every start for the first share of the steps, keep the better half, and so on.
+
+    The choice uses draws of its own (``selection_seed``), never those of the optimisation or of
+    an evaluation. The learning rate follows one schedule over all rungs; Adam's moments start
+    anew in each. ``curves`` gets the selection loss of every start that was ever ranked.
+    """
+    if not starts:
+        raise ValueError("successive halving needs at least one start")
+    generator = generator or torch.Generator().manual_seed(0)
+    seed = generator.initial_seed()
+    goal: Goal = TextGoal(target) if isinstance(target, Tensor) else target
+    alive = dict(starts)
+    results: dict[str, AttackResult] = {}
+    used = forwards = 0
+    seconds = 0.0
+    curves: dict[str, list[float]] = {}
+    first = 0
+    for rung, share in enumerate(shares):
+        last = rung == len(shares) - 1
+        steps = config.steps - first if last else round(share * config.steps)
+        part = replace(
+            config, restarts=(), steps=steps, first_step=first, total_steps=config.steps,
+            snapshots=tuple(s - first for s in config.snapshots if first < s <= first + steps),
+        )  # fmt: skip
+        ranked = {}
+        for name, start in alive.items():
+            own = torch.Generator(device=generator.device)
+            own.manual_seed((seed * 7_919 + 101 * rung + sum(name.encode())) & 0x7FFFFFFF)
+            file = None
+            if checkpoint is not None:
+                file = checkpoint.with_name(f"{checkpoint.name}-{rung}-{_plain(name)}")
+            result = tth(
+                features, images, goal, config=replace(part, parameters=start.parameters),
+                patch=start.patch, generator=own, checkpoint=file, progress=progress, **options,
+            )  # fmt: skip
+            if (before := results.get(name)) is not None:
+                result.losses = before.losses[:-1] + result.losses
+                shifted = {k + first: v for k, v in result.snapshots.items()}
+                result.snapshots = {**before.snapshots, **shifted}
+            results[name] = result
+            used += result.gradients_used
+            forwards += result.forwards + selection_draws * len(images)
+            seconds += result.seconds
+            chooser = torch.Generator(device=generator.device).manual_seed(selection_seed + rung)
+            ranked[name] = score(features, images, result.patch, goal, selection_draws, chooser)
+            curves.setdefault(name, []).append(ranked[name])
+        order = sorted(ranked, key=lambda n: ranked[n])
+        keep = order[: 1 if last or rung == len(shares) - 2 else max(1, (len(order) + 1) // 2)]
+        alive = {n: replace(starts[n], patch=results[n].patch) for n in keep}
+        first += steps
+    winner = next(iter(alive))
+    best = results[winner]
+    best.config = {**best.config, "steps": config.steps, "restarts": tuple(starts)}
+    best.seeds = {"optimise": seed, "select": selection_seed}
+    best.gradients_used, best.forwards = used, forwards
+    best.seconds, best.curves = seconds, curves
+    best.patch = best.patch.with_content(best.patch.content, start=winner, seed=seed)
+    return best
+
+
+def location_search(
+    features: Any,
+    images: Tensor,
+    target: Tensor | Goal,
+    patch: Patch,
+    config: TTHConfig,
+    *,
+    grid: int = 5,
+    coarse_steps: int = 30,
+    keep: int = 3,
+    hill: int = 8,
+    hill_every: int = 50,
+    generator: torch.Generator | None = None,
+    selection_seed: int = 2_000_003,
+    selection_draws: int = 6,
+) -> AttackResult:
+    """Choose the place too: a coarse grid, the best few again, then hill climbing while optimising.
+
+    The budget of the last phase is ``config.steps``; the grid costs grid^2 * coarse_steps more.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    goal: Goal = TextGoal(target) if isinstance(target, Tensor) else target
+    height, width = images.shape[-2:]
+    room = (height - patch.size[0], width - patch.size[1])
+    used = forwards = 0
+    seconds = 0.0
+
+    def rate(candidate: Patch) -> float:
+        chooser = torch.Generator(device=generator.device).manual_seed(selection_seed)
+        return score(features, images, candidate, goal, selection_draws, chooser)
+
+    def run(start: Patch, steps: int, first: int, total: int) -> AttackResult:
+        nonlocal used, forwards, seconds
+        part = replace(config, steps=steps, restarts=(), first_step=first, total_steps=total,
+                       snapshots=())  # fmt: skip
+        result = tth(features, images, goal, config=part, patch=start, generator=generator)
+        used, forwards = used + result.gradients_used, forwards + result.forwards
+        seconds += result.seconds
+        return result
+
+    def moved(p: Patch, top: int, left: int) -> Patch:
+        top, left = min(max(top, 0), room[0]), min(max(left, 0), room[1])
+        return replace(p, placement=Placement("fixed", top, left))
+
+    spots = [
+        (round(room[0] * y / max(1, grid - 1)), round(room[1] * x / max(1, grid - 1)))
+        for y in range(grid)
+        for x in range(grid)
+    ]
+    tried = [run(moved(patch, *spot), coarse_steps, 0, coarse_steps).patch for spot in set(spots)]
+    best = sorted(tried, key=rate)[:keep]
+    best = sorted((run(p, coarse_steps, 0, coarse_steps).patch for p in best), key=rate)
+    current, done = best[0], 0
+    losses: list[float] = []
+    while done < config.steps:
+        steps = min(hill_every, config.steps - done)
+        result = run(current, steps, done, config.steps)
+        losses = losses[:-1] + result.losses
+        current, done = result.patch, done + steps
+        if done < config.steps:
+            top, left = current.placement.top, current.placement.left
+            moves = [(0, 0), (hill, 0), (-hill, 0), (0, hill), (0, -hill)]
+            current = min((moved(current, top + y, left + x) for y, x in moves), key=rate)
+    result.patch, result.losses = current, losses
+    result.gradients_used, result.forwards, result.seconds = used, forwards, seconds
+    result.seeds = {"optimise": generator.initial_seed(), "select": selection_seed}
+    return result
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
