@@ -39,7 +39,7 @@ types: .venv/.dev  ## Check types with mypy
 	$(PY) -m mypy
 
 docs: .venv/.dev  ## Build the documentation into site/
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 check: lint types docs test  ## All of the above checks
 

@@ -1,0 +1,40 @@
+"""mkdocs hook: the command reference and the model cards come from where they are true.
+
+The commands describe themselves, the shipped models carry their cards; pages only mark the place.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(__file__).resolve().parent.parent / "src" / "pair" / "assets" / "models"
+
+
+def commands() -> str:
+    """Every subcommand with its arguments, options and defaults."""
+    import typer.main
+    from typer.cli import get_docs_for_click
+
+    from pair.cli import app
+
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="pair")
+    return text[text.index("## `pair ") :]
+
+
+def cards() -> str:
+    """The card of every shipped model, its headings one level down."""
+    texts = [path.read_text() for path in sorted(MODELS.glob("*/README.md"))]
+    return "\n".join(re.sub(r"^#", "##", text, flags=re.M) for text in texts)
+
+
+MARKS = {"<!-- commands -->": commands, "<!-- model cards -->": cards}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    for mark, render in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, render())
+    return markdown
