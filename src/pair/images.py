@@ -71,6 +71,8 @@ def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     target = (size, size) if isinstance(size, int) else size
     if tuple(images.shape[-2:]) == target:
         return images
+    if target[1] == 1 < target[0]:  # torch (seen in 2.13) repeats the first value down the column
+        return resize(images.transpose(-1, -2), target[::-1]).transpose(-1, -2)
     return F.interpolate(images, target, mode="bilinear", antialias=True, align_corners=False)
 
 
