@@ -1,0 +1,178 @@
+"""What a certificate says about one image and one query, in words, numbers and a picture.
+
+Corollary 2b, the run-time meaning: no clean image is needed. If the lowest view score of a
+received image is at least tau, then for *every* window of the declared size there is a
+reconstruction made only from pixels outside it that scores at least tau: no single patch of
+that size is responsible for the hit. Otherwise the lowest view names the window it hangs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from pair.certified.covering import patch_before_resize
+from pair.certified.purifier import CertifiedPurifier
+from pair.images import resize, resize_crop, to_pil
+from pair.retrieval.encoders import ImageEncoder
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One image, one query, one patch family.
+
+    ``patch`` is the largest side that is certified, in pixels of the image as the model sees it
+    (``size`` x ``size``); ``patch_in_file`` the side in the original file after allowing for
+    the resize (A4). ``window`` is the window whose removal costs most, in pixels of the file.
+    ``clear``: no single patch is responsible.
+    """
+
+    patch: int
+    patch_in_file: int
+    size: int
+    views: int
+    plain: float
+    lowest: float
+    threshold: float
+    hit: bool
+    clear: bool
+    window: Box
+    view: int
+
+    @property
+    def drop(self) -> float:
+        """Evidence that hangs on one window, s_plain - s_min."""
+        return self.plain - self.lowest
+
+    def sentence(self) -> str:
+        """The certificate in words."""
+        px = f"{self.patch} px (of {self.size})"
+        scores = f"score {self.plain:.3f}, without any one window at least {self.lowest:.3f}"
+        left, top, right, bottom = self.window
+        where = f"columns {left}-{right}, rows {top}-{bottom}"
+        if not self.hit:
+            return f"no hit: score {self.plain:.3f} is below the threshold {self.threshold:.3f}"
+        if self.clear:
+            return f"no single patch up to {px} is responsible for this hit ({scores})"
+        return (
+            f"the hit depends on one window ({where}): without it the score falls from "
+            f"{self.plain:.3f} to {self.lowest:.3f}, below {self.threshold:.3f}"
+        )
+
+    def record(self) -> dict:
+        """Plain numbers for JSON."""
+        return {**asdict(self), "drop": self.drop, "certificate": self.sentence()}
+
+
+@torch.no_grad()
+def certify(
+    purifiers: Sequence[CertifiedPurifier],
+    encoder: ImageEncoder,
+    image: Tensor,
+    query: Tensor,
+    *,
+    delta: float = 0.2,
+    threshold: float | None = None,
+    slack: float = 1e-5,
+) -> list[Certificate]:
+    """Certificates of an image (3, H, W) for a unit query (d,), one per purifier (patch size).
+
+    The centre crop that the purifier sees is what is certified. With ``threshold`` the hit must
+    keep that score without any one window; otherwise it may lose at most ``delta``, the alarm
+    rule of Theorem 10. ``slack`` is the numerical allowance (A3).
+    """
+    out = []
+    for purifier in purifiers:
+        size, cover = purifier.image_size, purifier.cover
+        if cover.family.patches != 1:
+            raise ValueError("a certificate names one window: use a family of single patches")
+        x = resize_crop(image[None], size).clamp(0, 1)
+        scores = purifier.embed(encoder, x).scores(query[None])[0, 0]  # (R + 1,)
+        lowest, view = scores[:-1].min(0)
+        plain = float(scores[-1])
+        bar = plain - delta if threshold is None else threshold
+        scale = size / min(image.shape[-2:])
+        patch = min(min(shape) for shape in cover.family.shapes)
+        out.append(
+            Certificate(
+                patch=patch,
+                patch_in_file=patch if scale == 1 else patch_before_resize(patch, scale),
+                size=size,
+                views=len(cover),
+                plain=plain,
+                lowest=float(lowest),
+                threshold=bar,
+                hit=plain >= bar,
+                clear=float(lowest) - slack >= bar,
+                window=_in_file(cover.boxes()[int(view)], image, size),
+                view=int(view),
+            )
+        )
+    return out
+
+
+def summary(certificates: Sequence[Certificate]) -> Certificate:
+    """The most telling one: the largest clear patch, or the smallest window it depends on."""
+    ordered = sorted(certificates, key=lambda c: c.patch)
+    clear = 0
+    while clear < len(ordered) and ordered[clear].clear:
+        clear += 1
+    return ordered[clear - 1] if clear else ordered[0]
+
+
+@torch.no_grad()
+def picture(
+    image: Tensor, certificate: Certificate, purifier: CertifiedPurifier, side: int = 224
+) -> Image.Image:
+    """The image with the decisive window outlined, beside the view without that window."""
+    size = purifier.image_size
+    seen = resize_crop(image[None], size).clamp(0, 1)
+    view = purifier.render(seen, purifier.cover.visible[certificate.view][None])
+    tiles = [to_pil(resize(t, side).clamp(0, 1)[0]) for t in (seen, view)]
+    colour = (24, 140, 64) if certificate.clear else (200, 30, 30)
+    sheet = Image.new("RGB", (2 * side + 24, side + 44), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (8 + i * (side + 8), 8))
+    draw = ImageDraw.Draw(sheet)
+    left, top, right, bottom = (v * side / size for v in purifier.cover.boxes()[certificate.view])
+    draw.rectangle((8 + left, 8 + top, 7 + right, 7 + bottom), outline=colour, width=3)
+    verdict = (
+        f"no single patch up to {certificate.patch}/{certificate.size} px is responsible"
+        if certificate.clear
+        else "the hit depends on the outlined window"
+        if certificate.hit
+        else "no hit"
+    )
+    draw.text((8, side + 12), verdict, fill=colour)
+    line = f"score {certificate.plain:.3f}, without the window {certificate.lowest:.3f}"
+    draw.text((8, side + 26), line, fill="black")
+    return sheet
+
+
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other."""
+    width = max(s.width for s in sheets)
+    out = Image.new("RGB", (width, sum(s.height for s in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        out.paste(sheet, (0, y))
+        y += sheet.height
+    return out
+
+
+def _in_file(box: Box, image: Tensor, size: int) -> Box:
+    """A box of the resized centre crop in pixels of the original (3, H, W)."""
+    h, w = image.shape[-2:]
+    scale = size / min(h, w)
+    new_h, new_w = max(size, round(h * scale)), max(size, round(w * scale))
+    top, left = (new_h - size) // 2, (new_w - size) // 2
+    x0, y0, x1, y1 = box
+    sx, sy = w / new_w, h / new_h
+    ends = ((x0 + left) * sx, (y0 + top) * sy, (x1 + left) * sx, (y1 + top) * sy)
+    return (int(ends[0]), int(ends[1]), min(w, -int(-ends[2] // 1)), min(h, -int(-ends[3] // 1)))

@@ -1,0 +1,82 @@
+"""``pair certify``: say what a search hit depends on, with a proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SWEEP = (0.12, 0.22, 0.35, 0.5)
+
+
+def certify(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    query: Annotated[str, typer.Option(help="The text that found them.")],
+    patch: Annotated[
+        float | None,
+        typer.Option(help="Largest patch, as a share of the side; default: try several."),
+    ] = None,
+    views: Annotated[int, typer.Option(min=4, help="Most windows per patch size.")] = 9,
+    delta: Annotated[
+        float, typer.Option(min=0, help="How much of the score may hang on one window.")
+    ] = 0.2,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score that a hit needs; replaces --delta.")
+    ] = None,
+    fill: Annotated[
+        str, typer.Option(help="What replaces a window: window, whole, mean, blur or drop.")
+    ] = "window",
+    generator: Annotated[str, typer.Option(help="Generator: shipped name or folder.")] = (
+        "pair-small"
+    ),
+    encoder: Annotated[str, typer.Option(help="Text-image encoder: name or folder.")] = (
+        "clip-small"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="One JSON line per image.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the certificates to this PNG.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 1,
+) -> None:
+    """For each image: is the hit independent of every single patch, or on which window does it
+    depend? The statement holds for all patches of that size, any content, any place."""
+    import json as js
+
+    import torch
+    import torch.nn.functional as F
+    from rich.console import Console
+    from rich.table import Table
+
+    from pair.certified import CertifiedPurifier, report
+    from pair.images import load_image
+    from pair.retrieval.clip import SmallClip
+
+    if threads:
+        torch.set_num_threads(threads)
+    sizes = (patch,) if patch is not None else SWEEP
+    purifiers = [
+        CertifiedPurifier.from_pretrained(generator, patch=s, views=views, fill=fill) for s in sizes
+    ]
+    model = SmallClip.from_pretrained(encoder)
+    text = F.normalize(model.encode_text([query]), dim=-1)[0]
+    table = Table("image", "score", "lowest", "patch in file", "certificate", title=query)
+    sheets = []
+    for path in images:
+        image = load_image(path)
+        found = report.certify(purifiers, model, image, text, delta=delta, threshold=threshold)
+        best = report.summary(found)
+        if json:
+            record = {"image": str(path), "query": query, **best.record()}
+            record["sizes"] = [c.record() for c in found]
+            typer.echo(js.dumps(record))
+        else:
+            numbers = (f"{best.plain:.3f}", f"{best.lowest:.3f}")
+            side = f"{best.patch_in_file} px" if best.clear else "-"
+            table.add_row(path.name, *numbers, side, best.sentence())
+        if picture is not None:
+            sheets.append(report.picture(image, best, purifiers[found.index(best)]))
+    if not json:
+        Console().print(table)
+    if picture is not None:
+        draft = picture.with_name(picture.name + ".partial")
+        report.stack(sheets).save(draft, format="PNG")
+        draft.replace(picture)
