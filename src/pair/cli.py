@@ -7,7 +7,7 @@ import sys
 import typer
 
 from pair import __version__
-from pair.commands import data, demo, models, purify, train
+from pair.commands import attack, data, demo, models, purify, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Keep image retrieval honest under adversarial patches.",
 )
 app.command("demo")(demo.demo)
+app.add_typer(attack.app, name="attack")
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command("purify")(purify.purify)

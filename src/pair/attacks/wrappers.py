@@ -31,8 +31,10 @@ def _takes_generator(function: Callable[..., Any]) -> bool:
 
 
 def as_features(source: Any) -> Features:
-    """An encoder, a module or a plain function as ``features(images, generator=None)``."""
+    """An encoder, a retriever, a module or a function as ``features(images, generator=None)``."""
     function = getattr(source, "encode_image", source)
+    if not callable(function):
+        function = getattr(source, "features", source)  # a retriever, defended or not
     signed = function.forward if isinstance(function, torch.nn.Module) else function
     if _takes_generator(signed):
         return function
