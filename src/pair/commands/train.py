@@ -9,7 +9,12 @@ import typer
 
 
 def train(
-    kind: Annotated[str, typer.Argument(help="What to train: generator, clip or csq.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="What to train: generator, clip, csq, sac, patchzero, at, hm, arn or cafd."
+        ),
+    ],
     recipe: Annotated[Path, typer.Option(help="TOML recipe with the tables [loop] and [task].")],
     data: Annotated[Path, typer.Option(help="Pack of photos made by 'pair data pack'.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run continues.")],

@@ -1,7 +1,7 @@
 """Every defense that the paper compares, and trivial controls, behind one interface.
 
 ``make("jpeg", quality=50)`` builds by name. Adding a defense: its file, its row in
-``tests/defenses/test_defense_contract.py``, and one line here.
+``tests/defenses/test_contract.py``, and one line here.
 """
 
 from __future__ import annotations

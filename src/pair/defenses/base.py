@@ -29,12 +29,12 @@ class Gradient:
     everywhere (a block above a threshold) count as constants, clamps of the *output* to [0, 1]
     as identity. ``eot``: the same, for one random draw; average ``samples`` draws. ``bpda``:
     ``forward`` keeps the values of its hard steps and passes gradients through their smooth
-    stand-ins; ``surrogate`` (images -> images) is the defense made of the stand-ins alone. A
+    stand-ins; ``surrogate(images, generator=None)`` is the defense made of the stand-ins alone. A
     ``bpda`` defense that is also random asks for ``samples`` above 1.
     """
 
     kind: str
-    surrogate: Callable[[Tensor], Tensor] | None = None
+    surrogate: Callable[..., Tensor] | None = None
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -84,8 +84,11 @@ class Defense(nn.Module):
     def gradient(self) -> Gradient:
         samples = EOT_SAMPLES if self.random else 1
         if self.bridged:
-            return Gradient("bpda", lambda x: self.defend(x, None, lambda _, soft: soft()), samples)
+            return Gradient("bpda", self._surrogate, samples)
         return Gradient("eot" if self.random else "exact", samples=samples)
+
+    def _surrogate(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.defend(images, generator, lambda _, soft: soft())
 
     def smooth_at(self, images: Tensor, seed: int = 0) -> Callable[[Tensor], Tensor]:
         """The function whose derivative at ``images`` autograd reports, for draws from ``seed``.

@@ -32,9 +32,13 @@ class Localiser(Defense):
         """(B, 1, H, W) bool -> the pixels to cover, same shape."""
         return mask
 
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W), positive where a patch is seen (at the threshold 0.5)."""
+        return self.detector.at_size(images)
+
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) in [0, 1]."""
-        return self.detector.at_size(images).sigmoid()
+        return self.logits(images).sigmoid()
 
     def masks(self, images: Tensor) -> Tensor:
         """What is covered: (B, 1, H, W) bool."""
@@ -47,4 +51,4 @@ class Localiser(Defense):
         return images * (1 - mask) + self.fill * mask
 
     def detector_loss(self, images: Tensor, patch_mask: Tensor) -> Tensor:
-        return evasion_loss(self.detector.at_size(images), patch_mask)
+        return evasion_loss(self.logits(images), patch_mask)

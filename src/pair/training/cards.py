@@ -23,6 +23,30 @@ WHAT = {
         "Deep hash network with central similarity (CSQ), 64 bits, Hadamard centres",
         "It separates the 109 classes that it was trained on. A target for experiments.",
     ),
+    "sac": (
+        "Patch segmenter of SAC: a U-Net that marks the pixels of square adversarial patches",
+        "It knows squares of noise, QR codes and PGD patches. Whoever attacks it finds others.",
+    ),
+    "patchzero": (
+        "Patch detector of PatchZero: pyramid pooling on a small ResNet, one logit per pixel",
+        "It knows squares of noise, QR codes and PGD patches. Whoever attacks it finds others.",
+    ),
+    "arn": (
+        "Denoiser of ARN: a variational encoder-decoder trained on attacked embeddings",
+        "It was made for invisible noise, not for patches, and it blurs.",
+    ),
+    "cafd": (
+        "Denoiser of CAFD: a U-Net that corrects images in the space of class activations",
+        "It was made for invisible noise, not for patches.",
+    ),
+    "at": (
+        "Target fine-tuned by adversarial training (PGD, l_inf on the whole image)",
+        "Trained against invisible noise: patches were never part of its threat model.",
+    ),
+    "hm": (
+        "Target fine-tuned on hardness-manipulated triplets",
+        "Trained against invisible noise: patches were never part of its threat model.",
+    ),
 }
 DATA = [
     "| data set | photos used | held out | licence |",
@@ -45,10 +69,10 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def card(name: str, config: dict[str, Any]) -> str:
     """Markdown card of a trained model: data, recipe, compute, quality, licence, limits."""
-    kind = config["kind"]
+    kind = config.get("hardened", config["kind"])  # AT and HM write ordinary targets
     what, limits = WHAT[kind]
     run = config.get("training", {})
-    labelled = kind != "generator"
+    labelled = kind in ("clip", "csq", "at", "hm")
     lines = [f"# {name}", "", f"{what}.", "", "## Data", "", *DATA, ""]
     if labelled:
         lines += [

@@ -11,6 +11,9 @@ import torch
 
 from pair.data.pack import Pack
 from pair.generator import GeneratorConfig
+from pair.training.adversarial import AdversarialTraining, AtTask, HardnessTraining, HmTask
+from pair.training.denoiser import ArnTask, CafdTask, DenoiserTraining
+from pair.training.detector import DetectorTraining, PatchZeroTask, SacTask
 from pair.training.generator import GeneratorTask, GeneratorTraining
 from pair.training.loop import LoopConfig, Task, train
 from pair.training.targets import ClipTask, CsqTask, TargetTraining
@@ -21,6 +24,12 @@ KINDS: dict[str, tuple[type, type]] = {
     "generator": (GeneratorTraining, GeneratorTask),
     "clip": (TargetTraining, ClipTask),
     "csq": (TargetTraining, CsqTask),
+    "sac": (DetectorTraining, SacTask),
+    "patchzero": (DetectorTraining, PatchZeroTask),
+    "at": (AdversarialTraining, AtTask),
+    "hm": (HardnessTraining, HmTask),
+    "arn": (DenoiserTraining, ArnTask),
+    "cafd": (DenoiserTraining, CafdTask),
 }
 
 
