@@ -26,7 +26,10 @@ IMAGES, INDEX = "images.npy", "index.json"
 def _decode(job: tuple[Path, int]) -> np.ndarray:
     path, size = job
     torch.set_num_threads(1)
-    image = resize_crop(load_image(path)[None], size)[0]
+    try:
+        image = resize_crop(load_image(path)[None], size)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot decode {path}: {error}") from error
     return image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
@@ -48,8 +51,10 @@ def write_pack(
         for i, image in enumerate(progress(pool.map(_decode, jobs, chunksize=32))):
             array[i] = image
     array.flush()
+    # Until the new images are in place there is no pack, rather than one with wrong labels.
+    (out / IMAGES).unlink(missing_ok=True)
     rows = [[os.path.relpath(p.path, root), p.label, p.dataset, p.split] for p in photos]
-    (out / INDEX).write_text(json.dumps({"size": size, "rows": rows}))
+    (out / INDEX).write_text(json.dumps({"size": size, "rows": rows}), "utf-8")
     os.replace(partial, out / IMAGES)
 
 
@@ -68,12 +73,26 @@ class Pack:
         folder = Path(folder)
         if not (folder / IMAGES).is_file():
             raise ValueError(f"{folder} holds no finished pack: run 'pair data pack' first")
-        rows = json.loads((folder / INDEX).read_text())["rows"]
-        paths, labels, datasets, splits = (list(c) for c in zip(*rows, strict=True))
-        return cls(np.load(folder / IMAGES, mmap_mode="r"), paths, labels, datasets, splits)
+        try:
+            images = np.load(folder / IMAGES, mmap_mode="r")
+            rows = json.loads((folder / INDEX).read_text("utf-8"))["rows"]
+            paths, labels, datasets, splits = (list(c) for c in zip(*rows, strict=True))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the pack {folder} is damaged, make it again: {error}") from error
+        if len(images) != len(rows):
+            raise ValueError(
+                f"the pack {folder} is damaged, make it again: "
+                f"{len(images)} images, {len(rows)} rows in the index"
+            )
+        return cls(images, paths, labels, datasets, splits)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def side(self) -> int:
+        """Height and width of the stored photos."""
+        return self.images.shape[1]
 
     def where(self, keep: Callable[[str, str, str], bool]) -> Tensor:
         """Row numbers whose (label, data set, split) pass ``keep``."""
