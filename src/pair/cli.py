@@ -7,7 +7,7 @@ import sys
 import typer
 
 from pair import __version__
-from pair.commands import attack, data, demo, models, purify, train
+from pair.commands import attack, certified, certify, data, demo, models, purify, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.add_typer(attack.app, name="attack")
+app.command("bench-certified")(certified.bench)
+app.command("certify")(certify.certify)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.command("purify")(purify.purify)

@@ -28,6 +28,7 @@ def bench(
     from pair import hub
     from pair.certified import evaluate, tables
     from pair.data import embedded
+    from pair.files import write_atomic
     from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
 
@@ -62,9 +63,7 @@ def bench(
             tables.cost_table(records),
         )
     )
-    draft = out / "tables.md.partial"
-    draft.write_text(text)
-    draft.replace(out / "tables.md")
+    write_atomic(out / "tables.md", text.encode())
     typer.echo(text)
 
 

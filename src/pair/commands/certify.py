@@ -39,6 +39,7 @@ def certify(
 ) -> None:
     """For each image: is the hit independent of every single patch, or on which window does it
     depend? The statement holds for all patches of that size, any content, any place."""
+    import io
     import json as js
 
     import torch
@@ -47,6 +48,7 @@ def certify(
     from rich.table import Table
 
     from pair.certified import CertifiedPurifier, report
+    from pair.files import write_atomic
     from pair.images import load_image
     from pair.retrieval.clip import SmallClip
 
@@ -77,6 +79,6 @@ def certify(
     if not json:
         Console().print(table)
     if picture is not None:
-        draft = picture.with_name(picture.name + ".partial")
-        report.stack(sheets).save(draft, format="PNG")
-        draft.replace(picture)
+        buffer = io.BytesIO()
+        report.stack(sheets).save(buffer, format="PNG")
+        write_atomic(picture, buffer.getvalue())
