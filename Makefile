@@ -38,7 +38,8 @@ format: .venv/.dev  ## Let ruff fix style in place
 types: .venv/.dev  ## Check types with mypy
 	$(PY) -m mypy
 
-docs: .venv/.dev  ## Build the documentation into site/
+docs: .venv/.dev  ## Check that stated numbers agree with results/, build the documentation
+	$(PY) scripts/readme.py --check
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 check: lint types docs test  ## All of the above checks

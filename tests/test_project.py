@@ -13,8 +13,10 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,22 @@ def test_own_files_stay_small():
     files = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     size = sum(p.stat().st_size for p in files) / 1e6
     assert size < MEGABYTES, f"{size:.1f} MB"
+
+
+def test_a_wheel_carries_everything_that_the_package_needs(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / "src" / "pair", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    needed = (p for p in (source / "src").rglob("*") if p.is_file() and ".egg-info" not in str(p))
+    missing = [p for p in needed if p.relative_to(source / "src").as_posix() not in packed]
+    assert not missing
+    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in packed}
 
 
 def test_version_is_the_same_everywhere():

@@ -178,7 +178,7 @@ def text_part(
                 extra = F.normalize(clip.encode_image(images), dim=1)
             similarity = queries[mine] @ torch.cat([base, extra]).T
             figures[name] = _keyword_figures(similarity, relevant[mine])
-            galleries[name] = (images, similarity)  # type: ignore[assignment]
+            galleries[name] = (images, similarity)
         scores.append(figures)
         cases.append(_text_case(keyword, result.patch, ads, galleries, photos, labels))
     rows += [
