@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pair.attacks.advhash import AdvHashConfig, advhash
@@ -22,6 +23,7 @@ from pair.attacks.tth import TTHConfig, tth
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.images import load_batch, quantise
+from pair.pictures import Tile, sheet
 from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.hashing import HashNet, binarise
@@ -118,7 +120,7 @@ def run(
     purifier = Purifier.from_pretrained(model).requires_grad_(False)
     parts = [
         text_part(purifier, tth_config or TTHConfig(), generator, say),
-        hash_part(purifier, advhash_config or AdvHashConfig(), generator, say),
+        hash_part(purifier, advhash_config or AdvHashConfig(size=0.22, budget=400), generator, say),
     ]
     facts = {
         "seed": str(seed),
@@ -127,6 +129,24 @@ def run(
         "seconds": f"{time.time() - started:.0f}",
     }
     return Outcome(parts, facts)
+
+
+def figure(outcome: Outcome) -> Image.Image:
+    """The first attack of each part as one picture: steps, then results without and with PAIR."""
+    rows = []
+    for part in outcome.parts:
+        case = part.cases[0]
+        steps = [
+            Tile(case.patch, "the patch"),
+            Tile(case.original, "original"),
+            Tile(case.attacked, "with the patch"),
+            Tile(case.purified, "purified"),
+        ]
+        rows.append((part.title, steps))
+        for name, hits in (("undefended", case.panel.undefended), ("PAIR", case.panel.defended)):
+            tiles = [Tile(hit.image, hit.label, hit.kind) for hit in hits]
+            rows.append((f"{name}: top 10 for {case.panel.title}", tiles))
+    return sheet(rows)
 
 
 # --- text to image ---------------------------------------------------------------------------

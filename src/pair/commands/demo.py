@@ -43,8 +43,10 @@ def demo(
         console.print(table)
     report = out / "report.html"
     write_text(report, render("demo", parts=outcome.parts, facts=outcome.facts))
+    picture = out / "figure.png"
+    demonstration.figure(outcome).save(picture)
     parts = [{"title": p.title, "rows": [asdict(r) for r in p.rows]} for p in outcome.parts]
     results = {"facts": outcome.facts, "parts": parts}
     write_text(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(f"{outcome.facts['seconds']} s, seed {outcome.facts['seed']}")
-    console.print(f"open [bold]{report}[/bold] in a browser")
+    console.print(f"open [bold]{report}[/bold] in a browser ({picture} is its short form)")

@@ -1,0 +1,83 @@
+"""Put measured numbers into README.md and docs: between markers, from result files.
+
+    python scripts/readme.py          rewrite the marked blocks
+    python scripts/readme.py --check  exit 1 if a block does not agree with its result file
+
+A block looks like ``<!-- table: results/demo.json -->`` ... ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def demo_table(results: dict) -> str:
+    """The table of ``pair demo``: percentages without and with PAIR."""
+    lines = [
+        "| percent | undefended | attacked | PAIR | PAIR, attacked |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for part in results["parts"]:
+        lines.append(f"| **{part['title']}** | | | | |")
+        for row in part["rows"]:
+            keys = ("clean", "attacked", "clean_pair", "attacked_pair")
+            cells = " | ".join(figure(row[key]) for key in keys)
+            lines.append(f"| {row['name']} | {cells} |")
+    facts = results["facts"]
+    lines += ["", f"Seed {facts['seed']}, one purification per picture, {facts['seconds']} s."]
+    return "\n".join(lines) + "\n"
+
+
+def rows_table(results: dict) -> str:
+    """Any result file with ``columns``, ``rows`` and an optional ``note``."""
+    columns = results["columns"]
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    for row in results["rows"]:
+        cells = (v if isinstance(v, str) else figure(v) for v in row)
+        lines.append(f"| {' | '.join(cells)} |")
+    if note := results.get("note"):
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: dict) -> str:
+    return demo_table(results) if "parts" in results else rows_table(results)
+
+
+def refreshed(text: str) -> str:
+    """``text`` with every marked block rendered from its result file."""
+
+    def fill(match: re.Match[str]) -> str:
+        results = json.loads((ROOT / match.group(2)).read_text())
+        return f"{match.group(1)}{table(results)}{match.group(3)}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text()
+        fresh = refreshed(text)
+        if fresh != text:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(fresh)
+    for path in stale:
+        print(f"{path}: {'does not agree with its result files' if check else 'rewritten'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
