@@ -1,0 +1,1 @@
+"""Adapters to other toolkits. Each imports its toolkit when it is called, not before."""
