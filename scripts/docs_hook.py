@@ -1,6 +1,6 @@
-"""mkdocs hook: the command reference and the model cards come from where they are true.
+"""mkdocs hook: command reference, model cards and presets come from where they are true.
 
-The commands describe themselves, the shipped models carry their cards; pages only mark the place.
+Pages only mark the place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,25 @@ def cards() -> str:
     return "\n".join(re.sub(r"^#", "##", text, flags=re.M) for text in texts)
 
 
-MARKS = {"<!-- commands -->": commands, "<!-- model cards -->": cards}
+def presets() -> str:
+    """What each preset of the two patch attacks changes."""
+    from pair.attacks.advhash import PRESETS as ADVHASH
+    from pair.attacks.tth import PRESETS as TTH
+
+    def settings(values: dict[str, Any]) -> str:
+        return ", ".join(f"`{key}={value!r}`" for key, value in values.items())
+
+    lines = ["| preset | TTH | AdvHash |", "|---|---|---|"]
+    for name in TTH:
+        lines.append(f"| `{name}` | {settings(TTH[name])} | {settings(ADVHASH[name])} |")
+    return "\n".join(lines)
+
+
+MARKS = {
+    "<!-- commands -->": commands,
+    "<!-- model cards -->": cards,
+    "<!-- attack presets -->": presets,
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

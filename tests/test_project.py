@@ -279,6 +279,13 @@ def test_photo_counts_of_the_data_page():
     assert f"16 of each of {len(embedded.labels())} classes" in page
 
 
+def test_every_registered_defense_is_on_its_page():
+    from pair.defenses import DEFENSES
+
+    page = (ROOT / "docs" / "defenses.md").read_text()
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) == set(DEFENSES)
+
+
 # --- what CONTRIBUTING promises -----------------------------------------------------------------
 
 
