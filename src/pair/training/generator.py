@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pair.data.pack import Pack
 from pair.generator import GeneratorConfig, MaskedAutoencoder
-from pair.losses import patch_loss, patch_ssim, semantic_loss
+from pair.losses import patch_loss, patch_ssim, semantic_loss, total_loss
 from pair.masks import ExactCount, complement, rule_from_config
 from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
@@ -43,12 +43,29 @@ class GeneratorTraining:
     lr: float = 1e-5
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "muon"):
+            raise ValueError(f"optimizer must be adam or muon, got {self.optimizer!r}")
+        if min(self.second, self.windows) < 0 or self.second + self.windows > 1:
+            raise ValueError(
+                "second and windows are shares of the steps and cannot exceed 1 together, "
+                f"got {self.second} and {self.windows}"
+            )
+        for name in ("beta", "pooled", "mse", "lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
 
 class GeneratorTask:
     """See :class:`pair.training.loop.Task`."""
 
     def __init__(self, config: GeneratorTraining, pack: Pack):
         self.config, self.pack = config, pack
+        if pack.side < config.model.image_size:
+            raise ValueError(
+                f"the photos of the pack have {pack.side} pixels a side, "
+                f"the generator needs {config.model.image_size}: make a larger pack"
+            )
         if config.init:
             self.module = Purifier.from_pretrained(config.init).autoencoder
             if self.module.config != config.model:
@@ -62,6 +79,10 @@ class GeneratorTask:
             self.critic = critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rows = pack.where(lambda label, data, split: split == "train")
         held = pack.where(lambda label, data, split: data == "imagenette" and split == "val")
+        if not len(held):
+            held = pack.where(lambda label, data, split: split in ("val", "gallery"))
+        if not len(held):
+            raise ValueError("the pack holds no photos to validate on (split val or gallery)")
         held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(0))]
         self.held_out = pack.batch(held[:128].sort().values, config.model.image_size)
 
@@ -108,7 +129,7 @@ class GeneratorTask:
                 wanted = self._look(images)
             l_s = torch.stack([self._semantic(wanted, self._look(o)) for o in outputs]).mean()
             losses["l_s"] = l_s
-            total = total + c.beta * l_s
+            total = total_loss(l_p, l_s, c.beta)
         return {"loss": total, **losses}
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,12 +32,27 @@ class LoopConfig:
     warmup: int = 200
     schedule: str = "cosine"  # or "constant"
     ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0 = off
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the gradient; 0 = any
     precision: str = "fp32"  # or "bf16": autocast; twice as fast where the CPU has AVX512-BF16
     seed: int = 0
     log_every: int = 50
     val_every: int = 1000
     checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        for name, known in (("schedule", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
 
 class Task(Protocol):
@@ -113,6 +130,8 @@ def train(
     echo=print,
 ) -> Path:
     """Run (or resume) a training in folder ``out``; returns the folder of the best model."""
+    if task.size() < 1:
+        raise ValueError("the pack holds no photos to train on")
     out.mkdir(parents=True, exist_ok=True)
     optimizers = task.optimizers()
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
@@ -121,59 +140,65 @@ def train(
     step, best, spent = _resume(out, task, optimizers, ema, described)
     if step:
         echo(f"resuming at step {step} of {config.steps}")
-    log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - every line is flushed
-    start, start_step = time.time(), step
+    start, first = time.perf_counter(), step
     task.module.train()
-    while step < config.steps:
-        generator = step_generator(config.seed, step)
-        rows = batch_rows(task.size(), config.batch_size, config.seed, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            losses = task.loss(rows, generator, step)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(f"the loss is not finite in step {step}: lower the rate")
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
-        factor = learning_rate(config, step)
-        for optimizer, lrs in zip(optimizers, peaks, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.update(task.module, step)
-        step += 1
-        last = step == config.steps
-        if step % config.log_every == 0 or last:
-            elapsed = time.time() - start
-            rate = (step - start_step) * config.batch_size / elapsed
-            left = (config.steps - step) * config.batch_size / rate
-            figures = {k: round(float(v.detach()), 5) for k, v in losses.items()}
-            log.write(json.dumps({"step": step, **figures, "images_per_s": round(rate, 1)}) + "\n")
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
-            echo(f"{step}/{config.steps}  {shown}  {rate:.1f} images/s  {left / 60:.1f} min left")
-        if step % config.val_every == 0 or last:
-            figures = _validate(task, ema)
-            log.write(json.dumps({"step": step, "val": figures}) + "\n")
-            echo("  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-            if figures["score"] > best:
-                best = figures["score"]
-                record = {
-                    "step": step,
-                    "images_seen": step * config.batch_size,
-                    "seconds": round(spent + time.time() - start),
-                    "validation": {k: round(v, 4) for k, v in figures.items()},
-                    **described,
-                }
-                _with_weights(
-                    task,
-                    ema,
-                    lambda r=record: task.save(out / "best", {**(facts or {}), "training": r}),
-                )
-        if step % config.checkpoint_every == 0 or last:
-            seconds = spent + time.time() - start
-            _checkpoint(out, task, optimizers, ema, described, step, best, seconds)
-    log.close()
+    with open(out / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:  # flushed by line
+        while step < config.steps:
+            losses = _step(task, config, optimizers, peaks, step)
+            if ema is not None:
+                ema.update(task.module, step)
+            step += 1
+            last = step == config.steps
+            seconds = time.perf_counter() - start
+            if step % config.log_every == 0 or last:
+                rate = (step - first) * config.batch_size / seconds
+                figures = {k: round(float(v.detach()), 5) for k, v in losses.items()}
+                record = {"step": step, **figures, "images_per_s": round(rate, 1)}
+                log.write(json.dumps(record) + "\n")
+                left = (config.steps - step) * config.batch_size / rate / 60
+                shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+                echo(f"{step}/{config.steps}  {shown}  {rate:.1f} images/s  {left:.1f} min left")
+            if step % config.val_every == 0 or last:
+                figures = _validate(task, ema)
+                log.write(json.dumps({"step": step, "val": figures}) + "\n")
+                echo("  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+                if figures["score"] > best:
+                    best = figures["score"]
+                    history: dict[str, Any] = {
+                        "step": step,
+                        "images_seen": step * config.batch_size,
+                        "seconds": round(spent + time.perf_counter() - start),
+                        "validation": {k: round(v, 4) for k, v in figures.items()},
+                        **described,
+                    }
+                    known = {**(facts or {}), "training": history}
+                    _with_weights(task, ema, partial(task.save, out / "best", known))
+            if step % config.checkpoint_every == 0 or last:
+                seconds = spent + time.perf_counter() - start
+                _checkpoint(out, task, optimizers, ema, described, step, best, seconds)
+    if best == -math.inf:
+        raise ValueError("no validation gave a score, so no model was saved")
     return out / "best"
+
+
+def _step(task: Task, config: LoopConfig, optimizers, peaks, step: int) -> dict[str, Tensor]:
+    """One update of the weights; returns the losses."""
+    generator = step_generator(config.seed, step)
+    rows = batch_rows(task.size(), config.batch_size, config.seed, step)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        losses = task.loss(rows, generator, step)
+    if not bool(torch.isfinite(losses["loss"])):
+        raise ValueError(f"the loss is not finite in step {step}: lower the learning rate")
+    losses["loss"].backward()
+    if config.clip_grad:
+        nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
+    factor = learning_rate(config, step)
+    for optimizer, lrs in zip(optimizers, peaks, strict=True):
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
 
 
 def _validate(task: Task, ema: Ema | None) -> dict[str, float]:
@@ -206,35 +231,55 @@ def _checkpoint(out, task, optimizers, ema, described, step, best, seconds) -> N
         "optimizers": [o.state_dict() for o in optimizers],
         "ema": ema.shadow if ema is not None else None,
     }
-    partial = out / f"last.ckpt.{os.getpid()}.partial"
-    with open(partial, "wb") as handle:
+    unfinished = out / f"last.ckpt.{os.getpid()}.partial"
+    with open(unfinished, "wb") as handle:
         torch.save(state, handle)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(partial, out / "last.ckpt")
+    os.replace(unfinished, out / "last.ckpt")
 
 
 def _resume(out, task, optimizers, ema, described) -> tuple[int, float, float]:
     for stale in out.glob("last.ckpt.*.partial"):
         stale.unlink()
+    for stale in (out / "best").glob(".writing-*"):
+        shutil.rmtree(stale)
     path = out / "last.ckpt"
     if not path.is_file():
         (out / "log.jsonl").unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         return 0, -math.inf, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["config"] != json.dumps(described, sort_keys=True):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(state["config"])
+    except Exception as error:  # the unpickler raises a dozen unrelated kinds
+        raise ValueError(f"{path} is damaged: delete it to start {out} afresh") from error
+    if change := _difference(saved, described, {"loop": LoopConfig(), "task": task.config}):
         raise ValueError(
-            f"{out} holds a run with other settings (see its config.json): "
+            f"{out} holds a run with other settings ({change}): "
             "continue it with the same settings or choose another --out"
         )
     task.module.load_state_dict(state["module"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     if ema is not None:
         ema.shadow = state["ema"]
     _trim_log(out / "log.jsonl", state["step"])
     return state["step"], state["best"], state["seconds"]
+
+
+def _difference(saved: dict, described: dict, configs: dict[str, Any]) -> str:
+    """The first setting that differs, in words. A setting that did not exist had its default."""
+    for table, settings in described.items():
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+            for f in fields(configs[table])
+        }
+        for key, now in settings.items():
+            then = saved[table].get(key, defaults[key])
+            if then != now:
+                return f"{table}.{key} was {then!r}, now {now!r}"
+    return ""
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -248,9 +293,9 @@ def _trim_log(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, path)
+    trimmed = path.with_suffix(".partial")
+    trimmed.write_text("".join(line + "\n" for line in kept))
+    os.replace(trimmed, path)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 
 from pair.data.pack import Pack
 from pair.generator import GeneratorConfig
 from pair.training.adversarial import AdversarialTraining, AtTask, HardnessTraining, HmTask
+from pair.training.csq_paper import CsqPaperTask, CsqRecipe
 from pair.training.denoiser import ArnTask, CafdTask, DenoiserTraining
 from pair.training.detector import DetectorTraining, PatchZeroTask, SacTask
 from pair.training.generator import GeneratorTask, GeneratorTraining
@@ -24,6 +25,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "generator": (GeneratorTraining, GeneratorTask),
     "clip": (TargetTraining, ClipTask),
     "csq": (TargetTraining, CsqTask),
+    "csq-paper": (CsqRecipe, CsqPaperTask),
     "sac": (DetectorTraining, SacTask),
     "patchzero": (DetectorTraining, PatchZeroTask),
     "at": (AdversarialTraining, AtTask),
@@ -35,6 +37,8 @@ KINDS: dict[str, tuple[type, type]] = {
 
 def typed(cls: type[T], data: dict[str, Any], where: str) -> T:
     """A dataclass from a TOML table: unknown keys and wrong types are refused by name."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a table, got {data!r}")
     hints = get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
@@ -46,15 +50,21 @@ def typed(cls: type[T], data: dict[str, Any], where: str) -> T:
             )
         hint = hints[key]
         if hint is GeneratorConfig:
-            value = typed(GeneratorConfig, value, f"{where}.{key}")
-        elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+            values[key] = typed(GeneratorConfig, value, f"{where}.{key}")
+            continue
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif hint in (int, float, str, bool) and type(value) is not hint:
+        plain = get_origin(hint) or hint  # dict[str, Any] -> dict; TOML has lists for tuples
+        plain = list if plain is tuple else plain
+        if plain in (int, float, str, bool, dict, list) and type(value) is not plain:
             raise ValueError(
-                f"{where}: {key} must be {hint.__name__}, got {value!r} ({type(value).__name__})"
+                f"{where}: {key} must be {plain.__name__}, got {value!r} ({type(value).__name__})"
             )
         values[key] = value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_recipe(path: Path, kind: str) -> tuple[LoopConfig, Any]:
@@ -62,15 +72,17 @@ def read_recipe(path: Path, kind: str) -> tuple[LoopConfig, Any]:
     if not path.is_file():
         raise ValueError(f"no recipe {path}: name a TOML file such as configs/small/{kind}.toml")
     try:
-        data = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     if extra := data.keys() - {"loop", "task"}:
         raise ValueError(f"{path}: unknown table [{sorted(extra)[0]}]; known: [loop], [task]")
     loop = typed(LoopConfig, data.get("loop", {}), f"{path} [loop]")
-    settings = dict(data.get("task", {}))
-    if "steps" in {f.name for f in dataclasses.fields(KINDS[kind][0])}:
-        settings.setdefault("steps", loop.steps)
+    settings = data.get("task", {})
+    if isinstance(settings, dict) and "steps" in {
+        f.name for f in dataclasses.fields(KINDS[kind][0])
+    }:
+        settings = {"steps": loop.steps, **settings}
     return loop, typed(KINDS[kind][0], settings, f"{path} [task]")
 
 

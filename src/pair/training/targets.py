@@ -19,6 +19,8 @@ from pair.retrieval.resnet import ResNetConfig
 from pair.training.augment import blur, jitter, resized_crop, to_float
 from pair.training.loop import weight_groups
 
+NOTHING_HELD_OUT = "the pack holds no photos to validate on (Imagenette val or Caltech-101 gallery)"
+
 
 @dataclass(frozen=True)
 class TargetTraining:
@@ -37,6 +39,14 @@ class TargetTraining:
     steps: int = 10_000  # of the loop, to know when small_until is over
     balance: float = 0.5  # 0 = every photo equally often, 1 = every class equally often
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "small_size", "width", "dim", "bits", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("small_until", "balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+
 
 class _Labelled:
     """Photos with a class name, sampled by class balance."""
@@ -47,6 +57,8 @@ class _Labelled:
         self.classes = sorted({pack.labels[i] for i in self.rows.tolist()})
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[pack.labels[i]] for i in self.rows.tolist()])
+        if not self.classes:
+            raise ValueError("the pack holds no labelled photos to train on")
         counts = torch.bincount(self.labels).float()
         self.weights = (counts**-config.balance)[self.labels]
         self.number = number
@@ -70,12 +82,14 @@ class _Labelled:
         )
         kept, labels, counts = [], [], [0] * len(self.classes)
         for i in rows.tolist():
-            k = self.number[self.pack.labels[i]]
+            k = self.number.get(self.pack.labels[i])
+            if k is None:  # a class that nothing was trained on
+                continue
             if per_class is None or counts[k] < per_class:
                 counts[k] += 1
                 kept.append(i)
                 labels.append(k)
-        return torch.tensor(kept), torch.tensor(labels)
+        return torch.tensor(kept, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
 
 
 def _encode(encode, pack: Pack, rows: Tensor, size: int) -> Tensor:
@@ -98,6 +112,8 @@ class ClipTask:
         self.module = SmallClip(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ids = self.module.tokenize(texts).view(len(self.data.classes), -1, model.context)
         self.rows, self.labels = self.data.held_out(("imagenette", "caltech101"), per_class=16)
+        if not len(self.rows):
+            raise ValueError(NOTHING_HELD_OUT)
 
     def size(self) -> int:
         return len(self.data.rows)
@@ -165,8 +181,14 @@ class CsqTask:
             tuple(self.data.classes),
         )
         self.module = HashNet(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.nette = self.data.held_out(("imagenette",))
-        self.caltech = self.data.held_out(("caltech101",))
+        held_out = {
+            "imagenette": self.data.held_out(("imagenette",)),
+            "caltech": self.data.held_out(("caltech101",)),
+        }
+        # Queries and gallery come from the same held-out photos: it takes a few.
+        self.held_out = {n: (r, y) for n, (r, y) in held_out.items() if len(r) >= 4}
+        if not self.held_out:
+            raise ValueError(NOTHING_HELD_OUT)
 
     def size(self) -> int:
         return len(self.data.rows)
@@ -185,22 +207,23 @@ class CsqTask:
         return {"loss": loss, "top1": (nearest == labels).float().mean()}
 
     def validate(self) -> dict[str, float]:
-        """Imagenette val: 1,000 queries against the rest; Caltech: leave one out."""
+        """Imagenette val: 1,000 queries against the rest; Caltech: a quarter against the rest."""
         figures = {}
-        for name, (rows, labels) in (("imagenette", self.nette), ("caltech", self.caltech)):
+        for name, (rows, labels) in self.held_out.items():
             u = _encode(self.module.image_features, self.data.pack, rows, self.config.image_size)
             codes = binarise(u)
             nearest = (u.tanh() @ self.module.centres.T).argmax(1)
             figures[f"{name}_top1"] = float((nearest == labels).float().mean())
             seeded = torch.Generator().manual_seed(0)
             order = torch.randperm(len(rows), generator=seeded)
-            cut = 1000 if name == "imagenette" else len(rows) // 4
+            cut = min(1000, len(rows) // 2) if name == "imagenette" else len(rows) // 4
             query, gallery = order[:cut], order[cut:]
             relevant = labels[query][:, None] == labels[gallery][None]
             figures[f"{name}_map"] = mean_average_precision(
                 codes[query] @ codes[gallery].T, relevant
             )
-        return {"score": figures["imagenette_map"] + 0.5 * figures["caltech_map"], **figures}
+        score = figures.get("imagenette_map", 0.0) + 0.5 * figures.get("caltech_map", 0.0)
+        return {"score": score, **figures}
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         self.module.save_pretrained(folder, torch.float16, **facts)
