@@ -26,6 +26,7 @@ from pair.certified.pooling import DeltaCap, LowestMean, Minimum, Pool, upper_bo
 from pair.certified.purifier import CertifiedPurifier, Views
 from pair.certified.soundness import interference, measure_slack
 from pair.data.prompts import HELD_OUT_TEMPLATES
+from pair.files import write_atomic
 from pair.images import load_batch
 from pair.purifier import Purifier
 from pair.retrieval.encoders import TextImageEncoder
@@ -47,6 +48,7 @@ class Setting:
     deltas: tuple[float, ...] = DELTAS
     k: int = 10
     batch: int = 16
+    resamples: int = 1000
 
     def cells(self) -> Iterator[tuple[float, int, str]]:
         for patch in self.patches:
@@ -91,6 +93,8 @@ def run(
     setting = setting or Setting()
     facts = {**(facts or {}), "photos": len(bench.gallery), "carriers": len(bench.carriers)}
     records = read(out)
+    if out.is_file() and not out.read_bytes().endswith(b"\n"):  # cut off while writing
+        write_atomic(out, "".join(json.dumps(r) + "\n" for r in records).encode())
     known = {_key(r) for r in records if r["facts"] == facts}
     records = [r for r in records if r["facts"] == facts]
 
@@ -180,9 +184,10 @@ def _metrics(bench, setting, benign, plain, upper=None, slack=0.0) -> dict[str, 
         each["CertASR_any"] = metrics.cert_asr_any(upper, benign, k, slack)
         each["CertR"] = metrics.cert_recall(upper, benign, relevant, k, slack)
         each["CertAP"] = metrics.cert_average_precision(upper, benign, relevant, slack)
+    each = {name: values.clamp(0, 1) for name, values in each.items()}  # rounding of an AP
     summary = {}
     for name, values in each.items():
-        interval = summarise(values, bench.keywords).micro
+        interval = summarise(values, bench.keywords, resamples=setting.resamples).micro
         summary[name] = [interval.mean, interval.low, interval.high]
     return {
         "summary": summary,
