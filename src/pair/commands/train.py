@@ -12,7 +12,8 @@ def train(
     kind: Annotated[
         str,
         typer.Argument(
-            help="What to train: generator, clip, csq, csq-paper, sac, patchzero, at, hm, arn or cafd."
+            help="What to train: generator, clip, csq, csq-paper, sac, patchzero, at, hm, arn "
+            "or cafd."
         ),
     ],
     recipe: Annotated[Path, typer.Option(help="TOML recipe with the tables [loop] and [task].")],
