@@ -44,6 +44,7 @@ class GeneratorTraining:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        rule_from_config(self.mask)  # refuses what is not a rule
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer must be adam or muon, got {self.optimizer!r}")
         if min(self.second, self.windows) < 0 or self.second + self.windows > 1:

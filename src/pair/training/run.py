@@ -77,6 +77,8 @@ def read_recipe(path: Path, kind: str) -> tuple[LoopConfig, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     if extra := data.keys() - {"loop", "task"}:
         raise ValueError(f"{path}: unknown table [{sorted(extra)[0]}]; known: [loop], [task]")
+    if isinstance(data.get("loop"), dict) and "lr" in data["loop"]:
+        raise ValueError(f"{path} [loop]: the learning rate belongs in [task]")
     loop = typed(LoopConfig, data.get("loop", {}), f"{path} [loop]")
     settings = data.get("task", {})
     if isinstance(settings, dict) and "steps" in {
