@@ -52,7 +52,7 @@ class Plan:
 
 
 def output_name(name: str, format: str = "keep") -> str:
-    """The output's name; one-to-one.
+    """The output's name for an input that is named like an image; one-to-one.
 
     >>> output_name("a/b.jpg"), output_name("a/b.jpg", "png"), output_name("b.tif")
     ('a/b.jpg', 'a/b.jpg.png', 'b.tif.png')
@@ -128,6 +128,8 @@ def _check_disjoint(plan: Plan, given: list[Path]) -> None:
 def find_done(plan: Plan, since: int) -> None:
     """Fill ``plan.done`` with the names whose output is there and current."""
     for job in plan.jobs:
+        if not named_like_image(job.source):
+            continue  # given by name, has no output: to be reported each time
         try:
             made = os.stat(job.target).st_mtime_ns
             if made >= since and made >= os.stat(job.source).st_mtime_ns:
