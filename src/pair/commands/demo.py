@@ -17,6 +17,7 @@ def demo(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
 ) -> None:
     """Attack a text search and an image search on real photos, without and with PAIR."""
+    import io
     import json
     from dataclasses import asdict
 
@@ -25,7 +26,8 @@ def demo(
     from rich.table import Table
 
     from pair import demo as demonstration
-    from pair.pages import figure, render, write_text
+    from pair.files import write_atomic
+    from pair.pages import figure, render
 
     if threads:
         torch.set_num_threads(threads)
@@ -41,12 +43,16 @@ def demo(
             values = (row.clean, row.attacked, row.clean_pair, row.attacked_pair)
             table.add_row(row.name, *(figure(v) for v in values))
         console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
     report = out / "report.html"
-    write_text(report, render("demo", parts=outcome.parts, facts=outcome.facts))
+    write_atomic(report, render("demo", parts=outcome.parts, facts=outcome.facts).encode())
     picture = out / "figure.png"
-    demonstration.figure(outcome).save(picture)
+    buffer = io.BytesIO()
+    demonstration.figure(outcome).save(buffer, "PNG")
+    write_atomic(picture, buffer.getvalue())
     parts = [{"title": p.title, "rows": [asdict(r) for r in p.rows]} for p in outcome.parts]
     results = {"facts": outcome.facts, "parts": parts}
-    write_text(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(out / "results.json", text.encode())
     console.print(f"{outcome.facts['seconds']} s, seed {outcome.facts['seed']}")
     console.print(f"open [bold]{report}[/bold] in a browser ({picture} is its short form)")
