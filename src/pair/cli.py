@@ -49,7 +49,6 @@ def main() -> None:
         print(f"pair: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("pair: stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

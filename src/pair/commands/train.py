@@ -24,5 +24,9 @@ def train(
     """Train a model. Stop it at any time; the same command resumes where it was."""
     from pair.training.run import run
 
-    best = run(kind, recipe, data, out, threads, typer.echo)
+    try:
+        best = run(kind, recipe, data, out, threads, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("pair: stopped; run the same command again to continue", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"best model: {best}")
