@@ -165,7 +165,7 @@ def test_interrupting_a_training_says_how_to_go_on(pack_folder, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 300
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
