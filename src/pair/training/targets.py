@@ -24,8 +24,9 @@ NOTHING_HELD_OUT = "the pack holds no photos to validate on (Imagenette val or C
 
 @dataclass(frozen=True)
 class TargetTraining:
-    """Training of a small target from scratch. ``small_until`` is the share of the steps that
-    run at ``small_size`` pixels, which is cheaper and costs no accuracy."""
+    """Training of a small target. ``small_until`` is the share of the steps that run at
+    ``small_size`` pixels, which is cheaper and costs no accuracy. ``init`` (CSQ only) names a
+    small CLIP whose image backbone is the start, as ImageNet weights are for CSQ-ResNet50."""
 
     image_size: int = 112
     small_size: int = 80
@@ -38,6 +39,7 @@ class TargetTraining:
     weight_decay: float = 0.05
     steps: int = 10_000  # of the loop, to know when small_until is over
     balance: float = 0.5  # 0 = every photo equally often, 1 = every class equally often
+    init: str = ""  # CSQ: model folder or shipped name; empty = random weights
 
     def __post_init__(self) -> None:
         for name in ("image_size", "small_size", "width", "dim", "bits", "steps"):
@@ -180,7 +182,13 @@ class CsqTask:
             ResNetConfig(width=config.width),
             tuple(self.data.classes),
         )
-        self.module = HashNet(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = HashNet(model)
+        if config.init:
+            start = SmallClip.from_pretrained(config.init).backbone
+            if start.config != model.backbone:
+                raise ValueError(f"{config.init} has another backbone than the configuration")
+            net.backbone.load_state_dict(start.state_dict())
+        self.module = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         held_out = {
             "imagenette": self.data.held_out(("imagenette",)),
             "caltech": self.data.held_out(("caltech101",)),
