@@ -46,8 +46,10 @@ def purify(
 ) -> None:
     """Purify photos. Stop it at any time; the same command continues where it was.
 
-    Broken files are listed in OUT/failures.jsonl and do not stop the rest. Exit code: 0 all is
-    purified, 1 some files failed, 2 wrong usage or --out cannot be written, 130/143 stopped.
+    Broken files are listed in OUT/failures.jsonl and do not stop the rest.
+
+    Exit code: 0 all purified, 1 some files failed, 2 wrong usage or no place to write, 130/143
+    stopped by SIGINT/SIGTERM.
     """
     import torch
 
