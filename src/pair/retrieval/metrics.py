@@ -178,7 +178,7 @@ def _per_query(similarity: Rows, relevant: Rows, k: int | None, ties: str, measu
         cut = size if k is None else min(k, size)
         found = levels(scores, relevant[rows].to(scores.device).bool(), cut, ties, bits)
         out.append(measure(found, cut).cpu())
-    return torch.cat(out)
+    return torch.cat(out).clamp(0, 1)  # sums of harmonic numbers end a few 1e-16 beside 0 and 1
 
 
 def recall(
