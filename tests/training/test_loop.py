@@ -306,6 +306,15 @@ def test_changed_settings_are_refused_by_name(recipe, pack_folder, tmp_path):
     run(kind, path, pack_folder, tmp_path / "run", echo=quiet)  # the old settings still go on
 
 
+def test_a_run_of_another_kind_is_refused(recipe, pack_folder, tmp_path):
+    """The settings of both targets are of one type and may be equal."""
+    _, path = recipe("clip")
+    run("clip", path, pack_folder, tmp_path / "run", echo=quiet)
+    with pytest.raises(ValueError, match="holds a run of another model") as caught:
+        run("csq", path, pack_folder, tmp_path / "run", echo=quiet)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_setting_that_did_not_exist_yet_counts_as_its_default(recipe, pack_folder, tmp_path):
     """A run that an older version started goes on, unless the new setting changes it."""
     kind, path = recipe("generator")

@@ -259,9 +259,12 @@ def _resume(out, task, optimizers, ema, described) -> tuple[int, float, float]:
             f"{out} holds a run with other settings ({change}): "
             "continue it with the same settings or choose another --out"
         )
-    task.module.load_state_dict(state["module"])
-    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
+    try:
+        task.module.load_state_dict(state["module"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+    except (RuntimeError, ValueError) as error:  # equal settings, but of another kind
+        raise ValueError(f"{out} holds a run of another model: choose another --out") from error
     if ema is not None:
         ema.shadow = state["ema"]
     _trim_log(out / "log.jsonl", state["step"])
