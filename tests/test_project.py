@@ -207,8 +207,11 @@ def check_pair(words: list[str]) -> None:
         assert rest[0] in command.commands, f"there is no command pair {' '.join(words)}"
         command = command.commands[rest.pop(0)]
     known = {"--help"} | {o for p in command.params for o in [*p.opts, *p.secondary_opts]}
-    for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+    given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+    for option in given:
         assert option in known, f"pair {' '.join(words)}: there is no option {option}"
+    for needed in (p for p in command.params if p.required and p.opts[0].startswith("-")):
+        assert given & set(needed.opts), f"pair {' '.join(words)}: {needed.opts[0]} is missing"
 
 
 def check_make(words: list[str]) -> None:
@@ -227,8 +230,9 @@ def test_the_command_checks_can_fail():
     for check, words in ((check_pair, ["purfy"]), (check_make, ["demmo"])):
         with pytest.raises(AssertionError):
             check(words)
-    with pytest.raises(AssertionError):
-        check_pair(["demo", "--sede", "1"])
+    for words in (["demo", "--sede", "1"], ["purify", "photos"]):
+        with pytest.raises(AssertionError):
+            check_pair(words)
 
 
 def test_every_target_of_the_makefile_is_described_and_phony():
@@ -239,8 +243,9 @@ def test_every_target_of_the_makefile_is_described_and_phony():
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_on_pages_runs(page):
-    """The blocks of a page, one after the other, in a process of their own."""
-    done = python("\n".join(blocks(page, "python")))
+    """The blocks of a page, one after the other, in a process of their own. ``images`` is given."""
+    given = "import torch\nimages = torch.rand(2, 3, 112, 112)"
+    done = python("\n".join([given, *blocks(page, "python")]))
     assert done.returncode == 0, done.stderr
 
 
@@ -252,11 +257,17 @@ def test_paths_that_the_pages_name_exist():
 
 
 def resolves(name: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one."""
-    if name in modules():
-        return True
-    parent, _, last = name.rpartition(".")
-    return bool(parent) and hasattr(importlib.import_module(parent), last)
+    """Whether a dotted name is a module, or an attribute (of an attribute ...) of one."""
+    module, rest = name, []
+    while module not in modules():
+        module, _, last = module.rpartition(".")
+        rest.insert(0, last)
+    value = importlib.import_module(module)
+    for attribute in rest:
+        if not hasattr(value, attribute):
+            return False
+        value = getattr(value, attribute)
+    return True
 
 
 def test_dotted_names_on_pages_exist():
