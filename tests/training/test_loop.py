@@ -198,7 +198,7 @@ def test_same_seed_same_result_other_seed_other_result(recipe, pack_folder, tmp_
 
 def test_kill_9_at_random_moments(recipe, pack_folder, tmp_path):
     """A real process, really killed, several times: nothing corrupt, same end as undisturbed."""
-    kind, path = recipe("generator-all", steps=150, **{"val_every = 5": "val_every = 25"})
+    kind, path = recipe("generator-all", steps=100, **{"val_every = 5": "val_every = 25"})
     run(kind, path, pack_folder, tmp_path / "whole", echo=quiet)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "pair", "train", kind, "--recipe", str(path)]
@@ -206,8 +206,8 @@ def test_kill_9_at_random_moments(recipe, pack_folder, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     draw = random.Random()  # not seeded: another moment each time the tests run
     kills, reached = 0, 0
-    for share in (0.2, 0.5, 0.8):
-        wanted = round(150 * share) + draw.randrange(-10, 10)
+    for share in (0.3, 0.7):
+        wanted = round(100 * share) + draw.randrange(-10, 10)
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
@@ -220,16 +220,16 @@ def test_kill_9_at_random_moments(recipe, pack_folder, tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         state = checkpoint(out)  # readable, and at most one interval behind
-        assert state["step"] % 4 == 0 or state["step"] == 150
+        assert state["step"] % 4 == 0 or state["step"] == 100
         assert state["step"] > wanted - 2 * 4
         assert state["step"] >= reached
         reached = state["step"]
-    assert kills >= 2  # the last one may have been too late
+    assert kills >= 1  # the last one may have been too late
     finished = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    assert f"resuming at step {reached} of 150" in finished.stdout or reached == 150
+    assert f"resuming at step {reached} of 100" in finished.stdout or reached == 100
     assert_same_run(tmp_path / "whole", out)
     leftover = {p.name for p in out.iterdir()} | {p.name for p in (out / "best").iterdir()}
     assert leftover == {
