@@ -201,3 +201,16 @@ def test_tables(records):
     fills = tables.fill_table(done, bench.keywords).splitlines()
     assert len(fills) == 2 + 4  # two view counts x two other fills
     assert len(tables.cost_table(done).splitlines()) == 2 + 6
+
+
+def test_patched_queries_are_recorded_once(records, tmp_path):
+    bench, _, _, purifier, setting = records
+    out, photos = tmp_path / "r.jsonl", bench.gallery[:2]
+    targets = [("clip", bench.encoder, False), ("signs", bench.encoder, True)]
+    rows = evaluate.run_queries(bench, purifier, photos, targets, out, setting)
+    assert rows == evaluate.run_queries(bench, purifier, photos, targets, out, setting)
+    assert len(rows) == len(out.read_text().splitlines()) == 4
+    for r in rows:
+        assert r["means"]["cert_ap"] <= r["means"]["ap"] <= 1
+        assert r["means"]["radius"] <= r["means"]["live"]
+    assert len(tables.query_table(rows).splitlines()) == 2 + 4

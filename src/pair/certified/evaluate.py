@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from pair.certified import database, metrics
 from pair.certified.covering import PatchFamily, window_cover
 from pair.certified.pooling import DeltaCap, LowestMean, Minimum, Pool, upper_bound, with_plain
 from pair.certified.purifier import CertifiedPurifier, Views
+from pair.certified.query_side import measure
 from pair.certified.soundness import interference, measure_slack
 from pair.data.prompts import HELD_OUT_TEMPLATES
 from pair.files import write_atomic
 from pair.images import load_batch
 from pair.purifier import Purifier
-from pair.retrieval.encoders import TextImageEncoder
+from pair.retrieval.encoders import ImageEncoder, TextImageEncoder
 from pair.retrieval.metrics import average_precision, precision_at_k, recall
 from pair.retrieval.statistics import summarise
 
@@ -121,6 +123,62 @@ def run(
             keep({"patch": patch, "views": views, "fill": fill, **record})
         keep({"kind": "cell", "patch": patch, "views": views, "fill": fill})
     return records
+
+
+@torch.no_grad()
+def run_queries(
+    bench: Bench,
+    purifier: Purifier,
+    photos: Photos,
+    targets: Sequence[tuple[str, ImageEncoder, bool]],
+    out: Path,
+    setting: Setting | None = None,
+    facts: dict[str, Any] | None = None,
+    say: Say = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Certificates of patched query photos; ``targets`` are (name, encoder, binary codes?).
+
+    The generator fills the windows; the gallery is not purified. One record per patch size,
+    number of views and target is appended to ``out``.
+    """
+    setting, c = setting or Setting(), purifier.autoencoder.config
+    facts = {**(facts or {}), "photos": len(bench.gallery), "queries": len(photos)}
+    records = [r for r in read(out) if r["kind"] == "query" and r["facts"] == facts]
+    known = {(r["patch"], r["views"], r["target"]) for r in records}
+    images = load_batch([p for p, _ in photos], c.image_size)
+    labels = [label for _, label in bench.gallery]
+    relevant = torch.tensor([[label == own for label in labels] for _, own in photos])
+    for name, encoder, binary in targets:
+        gallery = _features(encoder, bench.gallery, c.image_size, setting.batch)
+        for patch, views in product(setting.patches, setting.views):
+            if (patch, views, name) in known:
+                continue
+            family = PatchFamily.share(patch, c.image_size)
+            cover = window_cover(family, c.image_size, c.patch_size, views)
+            model = CertifiedPurifier(purifier.autoencoder.eval(), cover)
+            say(f"patched queries, {name}: patch {patch}, {len(cover)} views")
+            figures = measure(model, encoder, images, gallery, relevant, binary=binary, k=setting.k)
+            record = {
+                "facts": facts,
+                "environment": _environment(),
+                "kind": "query",
+                "target": name,
+                "patch": patch,
+                "views": views,
+                "made_views": len(cover),
+                "means": figures.means(),
+                "each": {k: [round(float(x), 6) for x in v] for k, v in vars(figures).items()},
+            }
+            with open(out, "a") as handle:
+                handle.write(json.dumps(record) + "\n")
+            records.append(record)
+    return records
+
+
+def _features(encoder: ImageEncoder, photos: Photos, size: int, batch: int) -> Tensor:
+    paths = [path for path, _ in photos]
+    starts = range(0, len(paths), batch)
+    return torch.cat([encoder.encode_image(load_batch(paths[i : i + batch], size)) for i in starts])
 
 
 @torch.no_grad()

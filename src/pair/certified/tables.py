@@ -57,6 +57,20 @@ def cost_table(records: list[Record]) -> str:
     return _markdown(head, rows)
 
 
+def query_table(records: list[Record]) -> str:
+    """Patched queries: means of :class:`pair.certified.query_side.QueryFigures`."""
+    head = ("target", "patch", "views", "diameter", "radius S", "worst S", "mAP", "CertmAP",
+            "CertR@10", "union hit", "union size")  # fmt: skip
+    rows = []
+    for r in records:
+        m = r["means"]
+        sizes = [f"{m[n]:.2f}" for n in ("diameter", "radius", "live")]
+        rates = [f"{100 * m[n]:.1f}" for n in ("ap", "cert_ap", "cert_recall", "union_hit")]
+        row = [r["target"], f"{r['patch']:g}", str(r["made_views"]), *sizes, *rates]
+        rows.append([*row, f"{m['union_size']:.1f}"])
+    return _markdown(head, rows)
+
+
 def _of(records: list[Record], kind: str, pool: str | None = None) -> list[Record]:
     return [r for r in records if r["kind"] == kind and (pool is None or r["pool"] == pool)]
 

@@ -18,6 +18,10 @@ def bench(
     views: Annotated[str, typer.Option(help="Most views per cell, comma-separated.")] = "4,9,16",
     fills: Annotated[str, typer.Option(help="Fills, comma-separated.")] = _FILLS,
     classes: Annotated[int, typer.Option(min=2, help="Classes of the gallery.")] = 46,
+    queries: Annotated[
+        int, typer.Option(min=0, help="Also measure this many patched-query certificates.")
+    ] = 0,
+    hasher: Annotated[str, typer.Option(help="Hash network for --queries.")] = "csq-small",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 1,
 ) -> None:
     """Measure clean and certified retrieval on the embedded photos. Stop any time; the same
@@ -31,6 +35,7 @@ def bench(
     from pair.files import write_atomic
     from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
+    from pair.retrieval.hashing import HashNet
 
     if threads:
         torch.set_num_threads(threads)
@@ -53,16 +58,23 @@ def bench(
     console = Console(stderr=True)
     purifier = Purifier.from_pretrained(generator).eval().requires_grad_(False)
     records = evaluate.run(bench, purifier, out / "results.jsonl", setting, facts, console.log)
-    text = "\n".join(
-        (
-            "## Clean and certified retrieval\n",
-            tables.main_table(records),
-            "## Does the generator help? Window fill minus the other fills, points\n",
-            tables.fill_table(records, bench.keywords),
-            "## Cost, evidence and alarms\n",
-            tables.cost_table(records),
+    sections = [
+        "## Clean and certified retrieval\n",
+        tables.main_table(records),
+        "## Does the generator help? Window fill minus the other fills, points\n",
+        tables.fill_table(records, bench.keywords),
+        "## Cost, evidence and alarms\n",
+        tables.cost_table(records),
+    ]
+    if queries:
+        photos = embedded.queries(chosen)
+        photos = photos[:: max(1, len(photos) // queries)][:queries]
+        targets = [(encoder, bench.encoder, False), (hasher, HashNet.from_pretrained(hasher), True)]
+        rows = evaluate.run_queries(
+            bench, purifier, photos, targets, out / "results.jsonl", setting, facts, console.log
         )
-    )
+        sections += ["## Patched queries\n", tables.query_table(rows)]
+    text = "\n".join(sections)
     write_atomic(out / "tables.md", text.encode())
     typer.echo(text)
 
