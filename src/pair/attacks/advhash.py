@@ -89,6 +89,7 @@ class _State:
     order: Tensor | None = None  # shuffled images of the current epoch
     epoch: int = 0
     at: int = 0  # mini-batch within the epoch
+    finished: int = 0  # mini-batches in all
     iteration: int = 0  # within the mini-batch
     updates: int = 0
     used: int = 0
@@ -105,7 +106,8 @@ class _Units:
 
     def __init__(self, compat: bool, like: Tensor):
         self.compat = compat
-        mean, std = (torch.tensor(v).view(3, 1, 1).to(like) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        where = {"dtype": like.dtype, "device": like.device}
+        mean, std = (torch.tensor(v, **where).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.mean, self.std = mean, std
         self.low = float(((0 - mean) / std).min()) if compat else 0.0
         self.high = float(((1 - mean) / std).max()) if compat else 1.0
@@ -136,10 +138,10 @@ def advhash(
     anchor, or when no bit is left to move. ``evaluate(patch)`` returns t-mAP in [0, 1]; with it,
     the attack ends after an epoch whose last codes all agree and whose t-mAP exceeds ``good_map``.
 
-    The result is the mean of the last ``average`` patches; with ``compat`` it is the patch that
-    the last mini-batch started from, which is what the published code evaluates. ``losses`` is
-    the relaxed share of wrong bits, (1 - mean tanh(H) c) / 2; ``curves`` has the published
-    objective (its alpha changes on the way) and the share of agreeing bits.
+    The result is the mean of the last ``average`` optimised patches; with ``compat`` it is the
+    patch that the last mini-batch started from, which is what the published code evaluates.
+    ``losses`` is the relaxed share of wrong bits, (1 - mean tanh(H) c) / 2; ``curves`` has the
+    published objective (its alpha changes on the way) and the share of agreeing bits.
     """
     config = config or AdvHashConfig()
     generator = generator or torch.Generator().manual_seed(0)
@@ -156,7 +158,7 @@ def advhash(
     run.checkpoint, run.checkpoint_every = checkpoint, checkpoint_every
     stopped = run.epochs(evaluate)
     state = run.state
-    final = state.started if config.compat else torch.stack(state.recent).mean(0)
+    final = state.started if config.compat else run.averaged()
     return AttackResult(
         patch=run.patch_of(final, state.updates),
         losses=state.losses,
@@ -217,6 +219,11 @@ class _Run:
             shown, attack="advhash", steps=steps, seed=self.generator.initial_seed()
         )
 
+    def averaged(self) -> Tensor:
+        """Mean of the last patches, without the noise that the first mini-batch started from."""
+        count = min(self.config.average, max(1, self.state.finished))
+        return torch.stack(self.state.recent[-count:]).mean(0)
+
     def epochs(self, evaluate: Callable[[Patch], float] | None) -> str:
         state, config, bits = self.state, self.config, len(self.code)
         if saved := load_state(self.checkpoint, self.key):
@@ -234,7 +241,7 @@ class _Run:
                     return "budget"
             state.epoch, state.at, state.order = state.epoch + 1, 0, None
             if evaluate is not None and agreed >= 0.8 * bits:
-                patch = self.patch_of(torch.stack(state.recent).mean(0), state.updates)
+                patch = self.patch_of(self.averaged(), state.updates)
                 if evaluate(patch) > config.good_map and agreed >= bits - 0.8:
                     return "success"
         return "epochs"
@@ -264,6 +271,7 @@ class _Run:
                 self.save(self.checkpoint)
         state.recent = [*state.recent, state.content][-config.average :]
         state.at, state.iteration = state.at + 1, 0
+        state.finished += 1
         return agreed
 
     def gradient(self, batch: Tensor) -> tuple[Tensor | None, float]:

@@ -1,0 +1,132 @@
+"""``pair attack``: optimise, store, continue, apply."""
+
+import json
+
+import pytest
+import torch
+from attack_models import photos, seeded
+from typer.testing import CliRunner
+
+from pair.attacks.patch import Patch
+from pair.cli import app
+from pair.images import load_image, save_image
+from pair.retrieval.clip import ClipConfig, SmallClip
+from pair.retrieval.hashing import HashConfig, HashNet
+from pair.retrieval.resnet import ResNetConfig
+
+RUN = CliRunner()
+
+
+def pair(*words) -> str:
+    result = RUN.invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with two tiny models and some photos."""
+    root = tmp_path_factory.mktemp("attack")
+    torch.manual_seed(0)
+    small = ResNetConfig(layers=(1, 1, 1, 1), width=8)
+    words = ("<pad>", "<unknown>", "laptop", "photo")
+    clip = ClipConfig(image_size=32, dim=8, backbone=small, text_width=16, text_heads=2,
+                      text_depth=1, vocabulary=words)  # fmt: skip
+    SmallClip(clip).save_pretrained(root / "clip")
+    HashNet(HashConfig(image_size=32, bits=16, backbone=small)).save_pretrained(root / "csq")
+    for name, seed in (("ads", 1), ("target", 5)):
+        (root / name).mkdir()
+        for i, image in enumerate(photos(3, seed)):
+            save_image(root / name / f"{name}{i}.png", image)
+    return root
+
+
+def test_tth_writes_a_patch_with_its_record(folder, tmp_path):
+    out = tmp_path / "laptop"
+    said = pair(
+        "attack", "tth", folder / "ads", "--keyword", "laptop", "--out", out, "--model",
+        folder / "clip", "--preset", "released", "--steps", 6, "--limit", 2,
+    )  # fmt: skip
+    assert "2 photos; 6 updates, at most 12 sample gradients" in said
+    patch = Patch.load(out)
+    assert patch.size == (11, 11) and patch.image_size == 32
+    notes = patch.notes
+    assert (notes["keyword"], notes["gradients_used"], notes["stopped"]) == ("laptop", 12, "budget")
+    assert len(notes["losses"]) == 7 and notes["config"]["eot"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["laptop.json", "laptop.png"]
+
+
+def test_tth_takes_captions_and_a_warm_start(folder, tmp_path):
+    lines = tmp_path / "captions.txt"
+    lines.write_text("A laptop on a desk\nA cow\nTwo laptops.\n")
+    Patch.make("grey", 8, 64, "bottom-left").save(tmp_path / "warm")
+    pair(
+        "attack", "tth", folder / "ads", "--keyword", "laptop", "--captions", lines, "--warm",
+        tmp_path / "warm", "--out", tmp_path / "p", "--model", folder / "clip", "--steps", 2,
+    )  # fmt: skip
+    patch = Patch.load(tmp_path / "p")
+    assert patch.notes["captions"] == 2
+    assert patch.size == (4, 4) and patch.placement.kind == "bottom-left"
+    with pytest.raises(ValueError, match="no caption"):
+        pair("attack", "tth", folder / "ads", "--keyword", "zebra", "--captions", lines, "--out",
+             tmp_path / "q", "--model", folder / "clip")  # fmt: skip
+
+
+def test_a_defense_is_attacked_through(folder, tmp_path):
+    said = pair(
+        "attack", "tth", folder / "ads", "--keyword", "laptop", "--defense", "blur", "--out",
+        tmp_path / "p", "--model", folder / "clip", "--steps", 2, "--limit", 1,
+    )  # fmt: skip
+    assert "at most 2 sample gradients" in said  # not random: one draw is enough
+    assert Patch.load(tmp_path / "p").notes["defense"] == "blur"
+
+
+def test_a_dry_run_prints_the_cost_only(folder, tmp_path):
+    said = pair(
+        "attack", "tth", folder / "ads", "--keyword", "laptop", "--out", tmp_path / "p",
+        "--model", folder / "clip", "--preset", "max", "--eot", 100, "--dry-run",
+    )  # fmt: skip
+    assert "sample gradients" in said and "here" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_advhash_writes_a_patch(folder, tmp_path):
+    said = pair(
+        "attack", "advhash", folder / "ads", "--target", folder / "target", "--out",
+        tmp_path / "p", "--model", folder / "csq", "--budget", 5,
+    )  # fmt: skip
+    assert "3 photos; 5 updates" in said
+    patch = Patch.load(tmp_path / "p")
+    assert patch.size == (7, 7) and patch.notes["target"] == "target"  # int(.22 * 32)
+    with pytest.raises(ValueError, match="leaves the range"):
+        pair(
+            "attack", "advhash", folder / "ads", "--target", folder / "target", "--out",
+            tmp_path / "q", "--model", folder / "csq", "--defense", "blur", "--preset", "released",
+        )  # fmt: skip
+
+
+def test_apply_scales_to_each_photo(folder, tmp_path):
+    patch = Patch(torch.ones(3, 8, 8), torch.ones(8, 8), image_size=32)
+    patch.save(tmp_path / "white")
+    image = torch.rand(3, 64, 96, generator=seeded(0)) / 2
+    save_image(tmp_path / "wide.png", image)
+    pair("attack", "apply", tmp_path / "white", tmp_path / "wide.png", folder / "ads", "--out",
+         tmp_path / "out")  # fmt: skip
+    wide = load_image(tmp_path / "out" / "wide.png")
+    assert wide.shape == (3, 64, 96)
+    assert (wide[:, :16, 80:] == 1).all()
+    assert (wide[:, 16:] < 0.6).all() and (wide[:, :, :80] < 0.6).all()
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_mistakes_are_one_sentence(folder, tmp_path):
+    Patch.make("grey", 4, 32).save(tmp_path / "p")
+    with pytest.raises(ValueError, match="there is no photo or folder"):
+        pair("attack", "apply", tmp_path / "p", tmp_path / "none.png", "--out", tmp_path / "o")
+    with pytest.raises(ValueError, match="two photos would become"):
+        pair("attack", "apply", tmp_path / "p", folder / "ads", folder / "ads", "--out",
+             tmp_path / "o")  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no photos in"):
+        pair("attack", "apply", tmp_path / "p", tmp_path / "empty", "--out", tmp_path / "o")
+    assert json.loads((tmp_path / "p.json").read_text())["kind"] == "patch"
