@@ -85,7 +85,8 @@ def certify(
 
     The centre crop that the purifier sees is what is certified. With ``threshold`` the hit must
     keep that score without any one window; otherwise it may lose at most ``delta``, the alarm
-    rule of Theorem 10, and must keep a positive score. ``slack`` is the numerical allowance (A3).
+    rule of Theorem 10 (a score below ``delta`` is then no hit). ``slack`` is the numerical
+    allowance (A3).
     """
     out = []
     for purifier in purifiers:
@@ -96,7 +97,9 @@ def certify(
         scores = purifier.embed(encoder, x).scores(query[None])[0, 0]  # (R + 1,)
         lowest, view = scores[:-1].min(0)
         plain = float(scores[-1])
-        bar = max(0.0, plain - delta) if threshold is None else threshold
+        bar = threshold
+        if bar is None:  # a score that one window may carry alone is no hit worth a certificate
+            bar = plain - delta if plain > delta else delta
         scale = size / min(image.shape[-2:])
         patch = min(min(shape) for shape in cover.family.shapes)
         out.append(
