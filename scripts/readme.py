@@ -24,15 +24,14 @@ def figure(value: float | None) -> str:
 def demo_table(results: dict) -> str:
     """The table of ``pair demo``: percentages without and with PAIR."""
     lines = [
-        "| percent | undefended | attacked | PAIR | PAIR, attacked |",
-        "|---|--:|--:|--:|--:|",
+        "| percent | undefended | attacked | PAIR | attacked | certified | attacked |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for part in results["parts"]:
-        lines.append(f"| **{part['title']}** | | | | |")
+        lines.append(f"| **{part['title']}** | | | | | | |")
         for row in part["rows"]:
-            keys = ("clean", "attacked", "clean_pair", "attacked_pair")
-            cells = " | ".join(figure(row[key]) for key in keys)
-            lines.append(f"| {row['name']} | {cells} |")
+            cells = (figure(value) for key, value in row.items() if key != "name")
+            lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     facts = results["facts"]
     lines += ["", f"Seed {facts['seed']}, one purification per picture, {facts['seconds']} s."]
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,18 @@ from PIL import Image
 from torch import Tensor
 
 from pair.attacks.advhash import AdvHashConfig, advhash
-from pair.attacks.patch import Patch
 from pair.attacks.tth import TTHConfig, tth
+from pair.certified import (
+    CertifiedPurifier,
+    Cover,
+    DeltaCap,
+    PatchFamily,
+    certified_out,
+    upper_bound,
+    window_cover,
+    with_plain,
+)
+from pair.certified.soundness import measure_slack
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.images import load_batch, quantise
@@ -30,6 +41,7 @@ from pair.retrieval.hashing import HashNet, binarise
 from pair.retrieval.metrics import mean_average_precision, recall_at_k
 
 SIZE = 112
+TEXT_PATCH, VIEWS = 0.35, 9  # of the side; covering windows of the certified mode
 KEYWORDS = ("laptop", "sunflower", "umbrella", "revolver")
 PAIRS = (("airplanes", "sunflower"), ("motorbikes", "leopard"))
 ADS = 10
@@ -38,13 +50,15 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Row:
-    """One line of the table, in percent: without attack and under attack, both systems."""
+    """One line of the table, in percent: without attack and under attack, each system."""
 
     name: str
     clean: float | None = None
     attacked: float | None = None
     clean_pair: float | None = None
     attacked_pair: float | None = None
+    clean_certified: float | None = None
+    attacked_certified: float | None = None
 
 
 @dataclass
@@ -58,12 +72,11 @@ class Hit:
 
 @dataclass
 class Panel:
-    """A query and its first results without and with PAIR (Figure 2 of the paper)."""
+    """A query and its first results in each system (Figure 2 of the paper)."""
 
     title: str
     query: Tensor | None
-    undefended: list[Hit]
-    defended: list[Hit]
+    results: dict[str, list[Hit]]  # by system
 
 
 @dataclass
@@ -143,7 +156,7 @@ def figure(outcome: Outcome) -> Image.Image:
             Tile(case.purified, "purified"),
         ]
         rows.append((part.title, steps))
-        for name, hits in (("undefended", case.panel.undefended), ("PAIR", case.panel.defended)):
+        for name, hits in case.panel.results.items():
             tiles = [Tile(hit.image, hit.label, hit.kind) for hit in hits]
             rows.append((f"{name}: top 10 for {case.panel.title}", tiles))
     return sheet(rows)
@@ -160,58 +173,128 @@ def text_part(
     files = embedded.gallery()
     labels = [label for _, label in files]
     names = embedded.labels()
-    say(f"text search: {len(files)} photos of {len(names)} classes")
+    say(f"text search: purifying {len(files)} photos of {len(names)} classes")
     photos = load_batch([path for path, _ in files], SIZE)
     ads = load_batch([path for path, _ in embedded.ads()[:ADS]], SIZE)
-    clean_photos = _purify(purifier, photos, generator)
     with torch.no_grad():
-        z = F.normalize(_batched(clip.encode_image, photos), dim=1)
-        z_pair = F.normalize(_batched(clip.encode_image, clean_photos), dim=1)
         queries = F.normalize(clip.encode_text(sentences(names, HELD_OUT_TEMPLATES)), dim=1)
     per = len(HELD_OUT_TEMPLATES)
     wanted = [name for name in names for _ in range(per)]
     relevant = torch.tensor([[label == want for label in labels] for want in wanted])
 
+    systems = _systems(purifier, clip, queries, generator)
+    say(f"text search: certifying them with {len(systems['certified'].cover)} views each")
+    base = {name: system.scores(photos) for name, system in systems.items()}
     rows = [
-        _clean_row("R@10, all queries", recall_at_k, queries, z, z_pair, relevant, 10),
-        _clean_row("P@10, all queries", _precision, queries, z, z_pair, relevant, 10),
-        _clean_row("mAP, all queries", mean_average_precision, queries, z, z_pair, relevant),
+        _clean_row("R@10, all queries", recall_at_k, base, relevant, 10),
+        _clean_row("P@10, all queries", _precision, base, relevant, 10),
+        _clean_row("mAP, all queries", mean_average_precision, base, relevant),
     ]
-    cases, scores = [], []
+    cases, figures = [], []
+    unpatched = {name: system.scores(ads) for name, system in systems.items()}
     for keyword in KEYWORDS:
         say(f"text search: optimising a TTH patch for the keyword “{keyword}”")
         with torch.no_grad():
             target = clip.encode_text(sentences([keyword], TRAIN_TEMPLATES)).mean(0)
         result = tth(clip.encode_image, ads, target, config=config, generator=generator)
         patched = quantise(result.patch.apply(ads))
-        galleries = {
-            "ads": (ads, z),
-            "patched": (patched, z),
-            "ads, PAIR": (_purify(purifier, ads, generator), z_pair),
-            "patched, PAIR": (_purify(purifier, patched, generator), z_pair),
-        }
-        at = names.index(keyword)
-        mine = slice(at * per, (at + 1) * per)
-        figures = {}
-        for name, (images, base) in galleries.items():
-            with torch.no_grad():
-                extra = F.normalize(clip.encode_image(images), dim=1)
-            similarity = queries[mine] @ torch.cat([base, extra]).T
-            figures[name] = _keyword_figures(similarity, relevant[mine])
-            galleries[name] = (images, similarity)
-        scores.append(figures)
-        cases.append(_text_case(keyword, result.patch, ads, galleries, photos, labels))
+        mine = slice(names.index(keyword) * per, (names.index(keyword) + 1) * per)
+        found: dict[str, Tensor] = {}
+        for name, system in systems.items():
+            found[name] = torch.cat([base[name], system.scores(patched)], 1)[mine]
+            for which, scores in (
+                (name, torch.cat([base[name], unpatched[name]], 1)[mine]),
+                (f"{name}, attacked", found[name]),
+            ):
+                figures.append((which, _keyword_figures(scores, relevant[mine])))
+        purified = _purify(purifier, patched[:1], generator)[0]
+        panel = _text_panel(keyword, found, patched, photos, labels)
+        content = result.patch.content.detach()
+        cases.append(Case(keyword, content, ads[0], patched[0], purified, panel))
     rows += [
-        _keyword_row("advertisement in top 10 (irrelevant R@10)", scores, "any"),
-        _keyword_row("share of the 10 advertisements in top 10", scores, "share"),
-        _keyword_row("relevant P@10, keyword queries", scores, "precision"),
+        _keyword_row("advertisement in top 10 (irrelevant R@10)", figures, "any"),
+        _keyword_row("share of the 10 advertisements in top 10", figures, "share"),
+        _keyword_row("relevant P@10, keyword queries", figures, "precision"),
     ]
+    proof = systems["certified"].possible(ads, base["certified"])
+    keyword_rows = [i for i, want in enumerate(wanted) if want in KEYWORDS]
+    share = _percent(proof[keyword_rows].float().mean())
+    rows.append(
+        Row(
+            "proved: ads that *any* patch could lift into the top 10",
+            None,
+            None,
+            None,
+            None,
+            None,
+            share,
+        )
+    )
     return Part("Text-to-image search (CLIP), TTH patch 0.35 of the side", rows, cases)
 
 
-def _clean_row(name, metric, queries, z, z_pair, relevant, *args) -> Row:
-    plain, pair = (metric(queries @ g.T, relevant, *args) for g in (z, z_pair))
-    return Row(name, clean=_percent(plain), clean_pair=_percent(pair))
+@dataclass
+class _System:
+    """A search: ``scores(images)`` (B, 3, S, S) -> (Q, B) for all queries."""
+
+    scores: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class _Certified(_System):
+    cover: Cover
+    possible: Callable[[Tensor, Tensor], Tensor]
+
+
+def _systems(purifier: Purifier, clip: SmallClip, queries: Tensor, generator) -> dict[str, Any]:
+    """The same encoder three times: bare, behind PAIR, behind covering masks."""
+    certified = CertifiedPurifier(purifier.autoencoder, _cover(purifier))
+    pool = DeltaCap(0.0)
+
+    @torch.no_grad()
+    def bare(images: Tensor) -> Tensor:
+        return queries @ F.normalize(_batched(clip.encode_image, images), dim=1).T
+
+    @torch.no_grad()
+    def views(images: Tensor) -> Tensor:
+        parts = [certified.embed(clip, chunk).scores(queries) for chunk in images.split(16)]
+        return torch.cat(parts, 1)  # (Q, B, R + 1)
+
+    def possible(images: Tensor, benign: Tensor) -> Tensor:
+        """(Q, B): could some patch lift the image into the top 10? (Theorems 1 and 2)"""
+        slack = measure_slack(certified, clip, images[:9])
+        patterns = with_plain(certified.cover.minimal)
+        upper = upper_bound(pool, views(images), patterns, slack=slack)
+        return ~certified_out(upper, benign, 10, slack)
+
+    return {
+        "undefended": _System(bare),
+        "PAIR": _System(lambda images: bare(_purify(purifier, images, generator))),
+        "certified": _Certified(lambda images: pool(views(images)), certified.cover, possible),
+    }
+
+
+def _cover(purifier: Purifier) -> Cover:
+    c = purifier.autoencoder.config
+    family = PatchFamily.share(TEXT_PATCH, c.image_size)
+    return window_cover(family, c.image_size, c.patch_size, VIEWS)
+
+
+def _clean_row(name: str, metric, base: dict[str, Tensor], relevant: Tensor, *args) -> Row:
+    values = {key: _percent(metric(scores, relevant, *args)) for key, scores in base.items()}
+    return _row(name, values)
+
+
+def _row(name: str, values: dict[str, float]) -> Row:
+    order = (
+        "undefended",
+        "undefended, attacked",
+        "PAIR",
+        "PAIR, attacked",
+        "certified",
+        "certified, attacked",
+    )
+    return Row(name, *(values.get(key) for key in order))
 
 
 def _precision(similarity: Tensor, relevant: Tensor, k: int) -> float:
@@ -231,30 +314,27 @@ def _keyword_figures(similarity: Tensor, relevant: Tensor) -> dict[str, float]:
     }
 
 
-def _keyword_row(name: str, scores: list[dict[str, dict[str, float]]], key: str) -> Row:
-    def mean(which: str) -> float:
-        return _percent(sum(s[which][key] for s in scores) / len(scores))
+def _keyword_row(name: str, figures: list[tuple[str, dict[str, float]]], key: str) -> Row:
+    """Mean over the keywords, for every system with and without attack."""
+    groups: dict[str, list[float]] = {}
+    for which, values in figures:
+        groups.setdefault(which, []).append(values[key])
+    return _row(name, {k: _percent(sum(v) / len(v)) for k, v in groups.items()})
 
-    return Row(name, mean("ads"), mean("patched"), mean("ads, PAIR"), mean("patched, PAIR"))
 
-
-def _text_case(keyword: str, patch: Patch, ads, galleries, photos, labels) -> Case:
-    patched, similarity = galleries["patched"]
-    purified, similarity_pair = galleries["patched, PAIR"]
-
+def _text_panel(keyword: str, found: dict[str, Tensor], patched, photos, labels) -> Panel:
     def hits(scores: Tensor) -> list[Hit]:
-        found = []
+        results = []
         for i in scores[0].topk(10).indices.tolist():
             if i >= len(photos):
-                found.append(Hit(patched[i - len(photos)], "advertisement", "advertisement"))
+                results.append(Hit(patched[i - len(photos)], "advertisement", "advertisement"))
             else:
                 kind = "relevant" if labels[i] == keyword else "other"
-                found.append(Hit(photos[i], labels[i], kind))
-        return found
+                results.append(Hit(photos[i], labels[i], kind))
+        return results
 
     title = f"“{HELD_OUT_TEMPLATES[0].format(keyword)}”"
-    panel = Panel(title, None, hits(similarity), hits(similarity_pair))
-    return Case(keyword, patch.content.detach(), ads[0], patched[0], purified[0], panel)
+    return Panel(title, None, {name: hits(scores) for name, scores in found.items()})
 
 
 # --- image to image --------------------------------------------------------------------------
@@ -310,8 +390,10 @@ def hash_part(
         panel = Panel(
             f"a patched photo of class “{source}”",
             patched[0],
-            _hash_hits(scores["attacked"][0], photos, labels, source, target),
-            _hash_hits(scores["attacked_pair"][0], photos, labels, source, target),
+            {
+                "undefended": _hash_hits(scores["attacked"][0], photos, labels, source, target),
+                "PAIR": _hash_hits(scores["attacked_pair"][0], photos, labels, source, target),
+            },
         )
         content = result.patch.content.detach()
         purified = versions["attacked_pair"][0]

@@ -19,7 +19,7 @@ def demo(
     """Attack a text search and an image search on real photos, without and with PAIR."""
     import io
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, astuple
 
     import torch
     from rich.console import Console
@@ -33,15 +33,14 @@ def demo(
         torch.set_num_threads(threads)
     console = Console()
     outcome = demonstration.run(seed, model, say=lambda text: console.print(f"[dim]{text}[/dim]"))
-    columns = ("undefended", "attacked", "PAIR", "PAIR attacked")
+    columns = ("undefended", "attacked", "PAIR", "attacked", "certified", "attacked")
     for part in outcome.parts:
         table = Table(title=part.title, title_justify="left")
         table.add_column("percent")
         for name in columns:
             table.add_column(name, justify="right")
         for row in part.rows:
-            values = (row.clean, row.attacked, row.clean_pair, row.attacked_pair)
-            table.add_row(row.name, *(figure(v) for v in values))
+            table.add_row(row.name, *(figure(v) for v in astuple(row)[1:]))
         console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     report = out / "report.html"
