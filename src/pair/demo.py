@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from pair.attacks.advhash import AdvHashConfig, advhash
+from pair.attacks.patch import Patch
 from pair.attacks.tth import TTHConfig, tth
 from pair.certified import (
     CertifiedPurifier,
@@ -43,8 +44,10 @@ from pair.retrieval.metrics import mean_average_precision, recall_at_k
 SIZE = 112
 TEXT_PATCH, VIEWS = 0.35, 9  # of the side; covering windows of the certified mode
 KEYWORDS = ("laptop", "sunflower", "umbrella", "revolver")
-PAIRS = (("airplanes", "sunflower"), ("motorbikes", "leopard"))
+PAIRS = (("chandelier", "motorbikes"), ("hawksbill", "leopard"))
+HASH_PATCH = 0.22
 ADS = 10
+ADVHASH = AdvHashConfig(step=4 / 255, iterations=100, budget=400)
 Progress = Callable[[str], None]
 
 
@@ -133,7 +136,7 @@ def run(
     purifier = Purifier.from_pretrained(model).requires_grad_(False)
     parts = [
         text_part(purifier, tth_config or TTHConfig(), generator, say),
-        hash_part(purifier, advhash_config or AdvHashConfig(size=0.22, budget=400), generator, say),
+        hash_part(purifier, advhash_config or ADVHASH, generator, say),
     ]
     facts = {
         "seed": str(seed),
@@ -371,7 +374,11 @@ def hash_part(
         train = load_batch([path for path, _ in embedded.pool([source])], SIZE)
         test = load_batch([path for path, _ in embedded.queries([source])], SIZE)
         anchor = net.centres[net.config.classes.index(target)]
-        result = advhash(net.encode_image, train, anchor, config=config, generator=generator)
+        # In the centre, where it does most harm; AdvHash's own place is nearer to a corner.
+        patch = Patch.make("noise", HASH_PATCH, SIZE, "centre", generator=generator)
+        result = advhash(
+            net.encode_image, train, anchor, config=config, patch=patch, generator=generator
+        )
         patched = quantise(result.patch.apply(test))
         versions = {
             "clean": test,

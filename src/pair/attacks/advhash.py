@@ -17,7 +17,7 @@ from pair.attacks.objectives import HashGoal
 from pair.attacks.optimise import AttackResult, Progress, load_state, save_state
 from pair.attacks.patch import Patch, Placement, Transform
 from pair.attacks.tth import Penalty
-from pair.attacks.wrappers import EOT, as_features
+from pair.attacks.wrappers import expectation
 from pair.generator import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -45,6 +45,7 @@ class AdvHashConfig:
     form: str = "mean_embedding"
     compat: bool = False
     micro_batch: int = 64
+    precision: str = "fp32"  # or "bf16", see pair.attacks.wrappers.EOT
     budget: int | None = None  # updates in all, at most
     good_map: float = 0.8  # with ``evaluate``: enough to stop after an epoch
     snapshots: tuple[int, ...] = ()
@@ -191,11 +192,7 @@ class _Run:
     ):
         self.images, self.code, self.config = images, code, config
         self.patch, self.generator = patch, generator
-        self.features = as_features(features)
-        if config.eot > 1 or config.form == "mean_loss":
-            self.features = EOT(
-                self.features, config.eot, config.form, micro_batch=config.micro_batch
-            )
+        self.features = expectation(features, config)
         self.units = _Units(config.compat, images)
         batches = math.ceil(len(images) / config.batch)
         self.limit = config.epochs * batches * config.iterations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pair.attacks.objectives import Goal, HubGoal, TextGoal
 from pair.attacks.optimise import Progress
-from pair.attacks.wrappers import EOT, as_features
+from pair.attacks.wrappers import EOT
 
 
 @dataclass
@@ -52,9 +52,7 @@ def perturb(
         raise ValueError(f"steps must be at least 1, got {steps}")
     generator = generator or torch.Generator().manual_seed(0)
     goal: Goal = TextGoal(target) if isinstance(target, Tensor) else target
-    function = as_features(features)
-    if eot > 1 or form == "mean_loss":
-        function = EOT(function, eot, form, micro_batch=micro_batch)
+    function = EOT(features, eot, form, micro_batch=micro_batch)
     step = max(2.5 * epsilon / steps, epsilon / 10) if step is None else step
     low, high = (images - epsilon).clamp(0, 1), (images + epsilon).clamp(0, 1)
     x = images.clone()

@@ -14,7 +14,7 @@ from pair.attacks.objectives import Goal, TextGoal
 from pair.attacks.optimise import AttackResult, Progress, Schedule, load_state, minimise
 from pair.attacks.parametrise import parametrisation
 from pair.attacks.patch import Patch, Transform
-from pair.attacks.wrappers import EOT, as_features
+from pair.attacks.wrappers import expectation
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +47,7 @@ class TTHConfig:
     plateau: tuple[int, float] | None = None
     snapshots: tuple[int, ...] = ()
     micro_batch: int = 64
+    precision: str = "fp32"  # or "bf16", see pair.attacks.wrappers.EOT
     restarts: tuple[str, ...] = ()  # starts for successive halving, see pair.attacks.search
     scope: str = "universal"  # or "per-image": every carrier gets a patch of its own
     total_steps: int | None = None  # length of the schedule, if this run is a part of a longer one
@@ -142,9 +143,7 @@ def tth(
         raise ValueError(f"scope must be 'universal' or 'per-image', got {config.scope!r}")
     if each and config.parameters != "pixels":
         raise ValueError("per-image patches are optimised in pixels: set parameters='pixels'")
-    function = as_features(features)
-    if config.eot > 1 or config.form == "mean_loss":
-        function = EOT(function, config.eot, config.form, micro_batch=config.micro_batch)
+    function = expectation(features, config)
     space = parametrisation(config.parameters, *patch.size)
     start, cover = patch.content, (patch.mask > 0).to(patch.content.dtype)
     random = generator
