@@ -144,10 +144,20 @@ def test_draws_share_batches():
     assert calls == [64, 16]  # 2 calls in place of 20
 
 
+def test_half_precision_points_the_same_way():
+    features = pipeline(encoder(), purifier())
+    full, _ = gradient(EOT(features, 4), photos(), 3)
+    half, _ = gradient(EOT(features, 4, precision="bf16"), photos(), 3)
+    assert half.dtype == torch.float32 and not torch.equal(full, half)
+    assert torch.cosine_similarity(full.flatten(), half.flatten(), dim=0) > 0.9
+
+
 def test_bad_settings_are_refused():
     for n, form, micro in ((0, "mean_loss", 1), (1, "median", 1), (1, "mean_loss", 0)):
         with pytest.raises(ValueError):
             EOT(encoder(), n, form, micro_batch=micro)
+    with pytest.raises(ValueError, match="precision"):
+        EOT(encoder(), 1, precision="int8")
 
 
 # --- pipelines ------------------------------------------------------------------------------------

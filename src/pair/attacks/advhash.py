@@ -107,8 +107,8 @@ class _Units:
 
     def __init__(self, compat: bool, like: Tensor):
         self.compat = compat
-        where = {"dtype": like.dtype, "device": like.device}
-        mean, std = (torch.tensor(v, **where).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        # Made in the dtype of the images: float32 would cost double its precision.
+        mean, std = (like.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.mean, self.std = mean, std
         self.low = float(((0 - mean) / std).min()) if compat else 0.0
         self.high = float(((1 - mean) / std).max()) if compat else 1.0

@@ -42,11 +42,12 @@ def measure(
     *,
     repeats: int = 2,
     micro_batch: int = 64,
+    precision: str = "fp32",
 ) -> float:
     """Seconds per sample gradient: the best of ``repeats`` steps of at most one micro-batch."""
     batch = images[:micro_batch]
     draws = max(1, min(eot, micro_batch // len(batch)))
-    function = EOT(features, draws, micro_batch=micro_batch)
+    function = EOT(features, draws, micro_batch=micro_batch, precision=precision)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
         x = batch.clone().requires_grad_(True)
