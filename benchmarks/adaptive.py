@@ -37,11 +37,11 @@ PLAIN = {"distortion": 0.0, "lr": 0.05, "schedule": "constant", "retry": False, 
 # name, defense, settings of the attack, snapshots (updates)
 RUNS: list[tuple[str, str, dict, tuple[int, ...]]] = [
     ("undefended, TTH as published", "none", {}, (50, 300)),
-    ("known mask, Adam 0.05", "fixed", PLAIN, (50, 150)),
+    ("known mask, Adam 0.05", "fixed", PLAIN, (50, 100)),
     ("PAIR, TTH as published (EOT-1)", "pair", {}, (50, 150, 300)),
-    ("PAIR, Adam 0.05, EOT-1", "pair", PLAIN, (50, 100, 200, 300)),
-    ("PAIR, Adam 0.05, EOT-7", "pair", {**PLAIN, "eot": 7}, (14, 28, 43)),
-    ("PAIR, Adam 0.05, EOT-20", "pair", {**PLAIN, "eot": 20}, (5, 10, 15)),
+    ("PAIR, Adam 0.05, EOT-1", "pair", PLAIN, (50, 100, 200)),
+    ("PAIR, Adam 0.05, EOT-7", "pair", {**PLAIN, "eot": 7}, (7, 14, 28)),
+    ("PAIR, Adam 0.05, EOT-20", "pair", {**PLAIN, "eot": 20}, (5, 10)),
 ]
 
 
