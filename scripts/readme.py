@@ -57,7 +57,10 @@ def refreshed(text: str) -> str:
     """``text`` with every marked block rendered from its result file."""
 
     def fill(match: re.Match[str]) -> str:
-        results = json.loads((ROOT / match.group(2)).read_text())
+        source = ROOT / match.group(2)
+        if not source.is_file():
+            sys.exit(f"{match.group(2)} is missing: run the command that makes it")
+        results = json.loads(source.read_text())
         return f"{match.group(1)}{table(results)}{match.group(3)}"
 
     return BLOCK.sub(fill, text)
