@@ -224,7 +224,7 @@ def text_part(
     share = _percent(proof[keyword_rows].float().mean())
     rows.append(
         Row(
-            "proved: ads that *any* patch could lift into the top 10",
+            "proved bound on that share, for every patch of that size",
             None,
             None,
             None,

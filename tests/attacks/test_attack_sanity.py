@@ -9,6 +9,7 @@ from attack_models import encoder, photos, purifier, seeded
 from pair.attacks import sanity
 from pair.attacks.objectives import TextGoal
 from pair.attacks.patch import Patch
+from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import BPDA, pipeline
 
 TARGET = TextGoal(torch.randn(16, generator=seeded(7)))
@@ -111,6 +112,39 @@ def test_s11_and_s12_find_reuse():
     assert sanity.s12_text_leak(["a cow"], ["one cow"]).passed
     leak = sanity.s12_text_leak(["A cow ", "x"], ["a cow"])
     assert not leak.passed and "a cow" in leak.note
+
+
+def test_a_finished_attack_is_checked():
+    model, images = encoder(), photos(2)
+    goal = TextGoal(model.encode_image(photos(1, 3)))
+    features = pipeline(model, purifier())
+    config = TTHConfig(steps=30, eot=2, lr=0.05, schedule="cosine", distortion=0, size=0.5)
+    result = tth(features, images, goal, config=config)
+    checks = sanity.of_attack(
+        result,
+        features,
+        images,
+        goal,
+        evaluation=features,
+        seeds={"optimise": [0], "select": [1], "evaluate": [2]},
+        captions=["a laptop"],
+        queries=["one laptop"],
+        start=Patch.make("qr", 0.5, 32),
+        directions=8,
+        draws=8,
+    )
+    named = {c.name for c in checks}
+    assert named == {"S4", "S5", "S8", "S9", "S10", "S11", "S12"}
+    assert [c.note for c in checks if c.name == "S5"] == ["step 0", "final patch"]
+    by_name = {c.name: c for c in checks}
+    for name in ("S4", "S9", "S10", "S11", "S12"):
+        assert by_name[name].passed, by_name[name]
+    wrong = sanity.of_attack(
+        result, features, images, goal, evaluation=model, seeds={"optimise": [0]}, directions=2,
+        draws=2,
+    )  # fmt: skip
+    assert not next(c for c in wrong if c.name == "S10").passed
+    assert "S12" not in {c.name for c in wrong}
 
 
 def test_a_record_has_all_twelve():

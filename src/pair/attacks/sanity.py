@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pair.attacks.objectives import Goal
-from pair.attacks.optimise import late_gain
+from pair.attacks.optimise import AttackResult, late_gain
 from pair.attacks.patch import Patch
-from pair.attacks.wrappers import as_features
+from pair.attacks.wrappers import EOT, as_features
 from pair.images import from_pil, quantise, to_pil
 
 
@@ -211,6 +211,58 @@ def s12_text_leak(target: Iterable[str], queries: Iterable[str]) -> Check:
     shared = {t.strip().lower() for t in target} & {q.strip().lower() for q in queries}
     note = f"for example {min(shared)!r}" if shared else ""
     return Check("S12", float(len(shared)), 0.0, not shared, note)
+
+
+def of_attack(
+    result: AttackResult,
+    features: Any,
+    images: Tensor,
+    goal: Goal,
+    *,
+    evaluation: Any,
+    seeds: Mapping[str, Iterable[int]],
+    captions: Iterable[str] = (),
+    queries: Iterable[str] = (),
+    start: Patch | None = None,
+    directions: int = 64,
+    draws: int = 64,
+) -> list[Check]:
+    """The checks that one finished attack can answer: S4, S5, S8, S9, S10, S11 and S12.
+
+    ``features`` is what the attack differentiated (one draw per call), ``evaluation`` what the
+    table scores, ``seeds`` those of all three purposes. S4 holds the draw fixed by its seed; it
+    rightly fails for BPDA, whose gradient is not that of its values. S5 uses as many draws as the
+    attack did, at ``start`` (if given) and at the final patch. S12 needs texts.
+    """
+    function, patch = as_features(features), result.patch
+    samples = int(result.config.get("eot", 1))
+    averaged = EOT(function, samples, result.config.get("form", "mean_embedding"))
+
+    def fixed(content: Tensor) -> Tensor:
+        seed = torch.Generator().manual_seed(0)
+        return goal(function(patch.apply(images, seed, content=content), generator=seed)).mean()
+
+    def gradient(content: Tensor) -> Callable[[torch.Generator], Tensor]:
+        def of(generator: torch.Generator) -> Tensor:
+            x = content.clone().requires_grad_(True)
+            outputs = averaged(patch.apply(images, generator, content=x), generator=generator)
+            return torch.autograd.grad(goal(outputs).mean(), x)[0]
+
+        return of
+
+    checks = [s4_finite_differences(fixed, patch.content, directions=directions)]
+    if start is not None:
+        checks.append(s5_agreement(gradient(start.content), "step 0"))
+    checks += [
+        s5_agreement(gradient(patch.content), "final patch"),
+        s8_converged(result.losses),
+        s9_zero_gradient(features, images, patch, goal, draws),
+        s10_same_forward(features, evaluation, patch.apply(images, torch.Generator())),
+        s11_seeds(seeds),
+    ]
+    if captions and queries:
+        checks.append(s12_text_leak(captions, queries))
+    return checks
 
 
 def complete(checks: Iterable[Check]) -> list[Check]:

@@ -22,7 +22,7 @@ WHAT = {
     "csq": (
         "Deep hash network with central similarity (CSQ), 64 bits, Hadamard centres",
         "It separates the 109 classes that it was trained on. A target for experiments. "
-        "Started from a small CLIP, it is no stranger to a generator that was trained with that CLIP.",
+        "Started from a small CLIP, it is no stranger to a generator trained with that CLIP.",
     ),
     "sac": (
         "Patch segmenter of SAC: a U-Net that marks the pixels of square adversarial patches",
