@@ -162,13 +162,21 @@ def test_interrupting_a_training_says_how_to_go_on(pack_folder, tmp_path):
     )
     command = [sys.executable, "-m", "pair", "train", "generator", "--recipe", str(recipe)]
     command += ["--data", str(pack_folder), "--out", str(tmp_path / "run")]
+    # A job started in the background inherits "ignore SIGINT" from its shell; a user's does not.
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 300
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert err == "pair: stopped; run the same command again to continue\n"
