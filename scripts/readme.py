@@ -33,7 +33,7 @@ def demo_table(results: dict) -> str:
             cells = (figure(value) for key, value in row.items() if key != "name")
             lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     facts = results["facts"]
-    lines += ["", f"Seed {facts['seed']}, one purification per picture, {facts['seconds']} s."]
+    lines += ["", f"`pair demo --seed {facts['seed']}`, one purification per picture."]
     return "\n".join(lines) + "\n"
 
 
