@@ -13,7 +13,8 @@ ship, in forms that compute the same gradient:
 * loop over draws and images: one image and one draw at a time, as ART's EOT does.
 
 The forms take turns, so that a change of the machine's load meets all of them; the minimum and
-median of the rounds are reported.
+median of the rounds are reported. On a CPU the time is that of the process (what other programs
+take does not count), on a GPU it is wall time.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def forms(features, goal, images, n, micro):
 
 
 def measure(features, images, n, micro, rounds):
+    clock = time.perf_counter if images.is_cuda else time.process_time
     goal = TextGoal(features(images[:1], generator=torch.Generator().manual_seed(9)).detach())
     runs = forms(features, goal, images, n, micro)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -87,12 +89,12 @@ def measure(features, images, n, micro, rounds):
         for name, run in runs.items():
             if images.is_cuda:
                 torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = clock()
             gradients[name] = run(torch.Generator().manual_seed(k))
             if images.is_cuda:
                 torch.cuda.synchronize()
             if k:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     want = gradients["loop over draws"]
     apart = {name: float((g - want).norm() / want.norm()) for name, g in gradients.items()}
     best = {name: min(t) for name, t in times.items()}

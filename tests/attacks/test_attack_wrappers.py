@@ -141,7 +141,7 @@ def test_draws_share_batches():
         return x.flatten(1)
 
     EOT(features, 20, micro_batch=64)(photos(4))
-    assert calls == [64, 16]  # 2 calls in place of 20
+    assert calls == [40, 40]  # 2 calls in place of 20
 
 
 def test_half_precision_points_the_same_way():

@@ -59,11 +59,11 @@ class EOT:
     ``form="mean_embedding"`` averages the features before the loss sees them (the equations);
     ``"mean_loss"`` returns them apart, (n, B, D), so that the loss is averaged.
 
-    All n * B images run as one batch, in slices of ``micro_batch``. With ``checkpoint`` a slice
-    keeps only its input and is recomputed in the backward pass, so that memory does not grow
-    with n. (The last slice, which the backward pass meets first, is kept whole: recomputing it
-    would save nothing.) Draws are taken from ``generator`` exactly as n calls one after the other
-    would take them, whatever the slicing.
+    All n * B images run as one batch, in slices of at most ``micro_batch``. With ``checkpoint`` a
+    slice keeps only its input and is recomputed in the backward pass, so that memory does not
+    grow with n. (The last slice, which the backward pass meets first, is kept whole: recomputing
+    it would save nothing.) Draws are taken from ``generator`` exactly as n calls one after the
+    other would take them, whatever the slicing.
 
     ``precision="bf16"`` computes under autocast: faster where the hardware has it, with gradients
     that point in nearly the same direction. Evaluate in full precision.
@@ -93,7 +93,7 @@ class EOT:
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         batch = len(images)
         rows = torch.arange(self.n * batch, device=images.device) % batch  # draw by draw
-        slices = rows.split(self.micro_batch)
+        slices = rows.tensor_split(-(-len(rows) // self.micro_batch))  # as equal as can be
         save = self.checkpoint and torch.is_grad_enabled()
         last = len(slices) - 1
         parts = [self._slice(images, s, generator, save and i < last) for i, s in enumerate(slices)]
