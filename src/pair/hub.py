@@ -81,6 +81,15 @@ def _download(name: str, files: Sequence[str]) -> Path:
     return Path(folder)
 
 
+def kind_of(folder: Path) -> str:
+    """The kind that a model folder declares (such as "clip"); "" when that cannot be read."""
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("kind", "")) if isinstance(config, dict) else ""
+
+
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pair import hub
 from pair.data.pack import Pack
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.retrieval.clip import ClipConfig, SmallClip, build_vocabulary
@@ -25,8 +26,9 @@ NOTHING_HELD_OUT = "the pack holds no photos to validate on (Imagenette val or C
 @dataclass(frozen=True)
 class TargetTraining:
     """Training of a small target. ``small_until`` is the share of the steps that run at
-    ``small_size`` pixels, which is cheaper and costs no accuracy. ``init`` (CSQ only) names a
-    small CLIP whose image backbone is the start, as ImageNet weights are for CSQ-ResNet50."""
+    ``small_size`` pixels, which is cheaper and costs no accuracy. ``init`` (CSQ only) names the
+    start: a small CLIP, of which the image backbone is taken (as ImageNet weights are for
+    CSQ-ResNet50), or a hash network to go on with."""
 
     image_size: int = 112
     small_size: int = 80
@@ -170,6 +172,21 @@ class ClipTask:
         self.module.save_pretrained(folder, torch.float16, **facts)
 
 
+def _start(net: HashNet, name: str) -> None:
+    folder = hub.resolve(name)
+    start: SmallClip | HashNet
+    if hub.kind_of(folder) == "csq":
+        start = HashNet.from_pretrained(folder)
+        if start.config != net.config:
+            raise ValueError(f"{name} is a hash network of other settings or classes")
+        net.load_state_dict(start.state_dict())
+        return
+    start = SmallClip.from_pretrained(folder)
+    if start.backbone.config != net.config.backbone:
+        raise ValueError(f"{name} has another backbone than the configuration")
+    net.backbone.load_state_dict(start.backbone.state_dict())
+
+
 class CsqTask:
     """Central similarity hashing. See :class:`pair.training.loop.Task`."""
 
@@ -184,10 +201,7 @@ class CsqTask:
         )
         net = HashNet(model)
         if config.init:
-            start = SmallClip.from_pretrained(config.init).backbone
-            if start.config != model.backbone:
-                raise ValueError(f"{config.init} has another backbone than the configuration")
-            net.backbone.load_state_dict(start.state_dict())
+            _start(net, config.init)
         self.module = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         held_out = {
             "imagenette": self.data.held_out(("imagenette",)),
