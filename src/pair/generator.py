@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pair.kernels import linear, linear_add, linear_gelu
+from pair.tokens import Layout, Selection
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -104,24 +107,47 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Multi-head attention of tokens (B, T, D), or of the packed rows of a ragged batch.
+
+    With ``asking`` only those rows ask (rows for rows), all tokens answer.
+    """
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        bias = None if keys is None else keys[:, None, None, :]
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        asking: tuple[Tensor, Layout | None] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        d = x.shape[-1]
+        if asking is None:
+            q, k, v = self._heads(linear(x, self.qkv), layout, 3)
+            back = layout
+        else:
+            rows, back = asking
+            (q,) = self._heads(linear(rows, self.qkv, slice(0, d)), back, 1)
+            k, v = self._heads(linear(x, self.qkv, slice(d, None)), layout, 2)
+        bias = None if layout is None else layout.keys
         if q.dtype == torch.bfloat16 and q.device.type == "cpu" and bias is None:
             # Measured: the fused kernel's bf16 backward is 2-3 times slower than this on CPUs.
             scores = (q @ k.transpose(-2, -1)) * (d // self.heads) ** -0.5
             out = scores.softmax(-1).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).reshape(b, t, d))
+        out = out.transpose(1, 2).flatten(2)
+        out = out if back is None else back.pack(out)
+        return self.proj(out) if residual is None else linear_add(out, self.proj, residual)
+
+    def _heads(self, x: Tensor, layout: Layout | None, parts: int) -> tuple[Tensor, ...]:
+        x = x if layout is None else layout.pad(x)
+        x = x.unflatten(-1, (parts, self.heads, -1))  # (B, T, parts, heads, D/heads)
+        return x.permute(2, 0, 3, 1, 4).unbind()
 
 
 class Mlp(nn.Module):
@@ -130,12 +156,16 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        h = linear_gelu(x, self.fc1)
+        return self.fc2(h) if residual is None else linear_add(h, self.fc2, residual)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; ``keys`` (B, T) marks the real tokens of a padded batch."""
+    """Pre-norm transformer block for tokens (B, T, D) or packed rows (R, D) with their layout.
+
+    ``wanted`` names tokens behind the first slot; the block then returns their rows only.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float):
         super().__init__()
@@ -144,9 +174,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, round(width * mlp_ratio))
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), keys)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, layout: Layout | None = None, wanted: Selection | None = None
+    ) -> Tensor:
+        h = self.norm1(x)
+        asking = None
+        if wanted is not None:
+            asking = (wanted.take(h, first=1), wanted.layout(mask=False))
+            x = wanted.take(x, first=1)
+        x = self.attn(h, layout, asking, residual=x)
+        return self.mlp(self.norm2(x), residual=x)
 
 
 class PatchEmbed(nn.Module):
@@ -169,7 +206,7 @@ class MaskedAutoencoder(nn.Module):
     (B, N), True = visible, and returns the decoder's image (B, 3, S, S), *not* clamped.
 
     ``encoder="drop"`` removes hidden tokens before the encoder (MAE); images with different
-    counts share a batch by padding, which changes results by rounding at most.
+    counts share a batch by packing, which changes results by rounding at most.
     ``encoder="zero"`` feeds hidden tokens as black patches (equations 7-9, literally). Either
     way hidden pixels are removed *before* any arithmetic touches them, so even NaN there can
     reach neither the output nor a gradient.
@@ -227,62 +264,61 @@ class MaskedAutoencoder(nn.Module):
 
     def forward_tokens(self, tokens: Tensor, mask: Tensor, encoder: str = "drop") -> Tensor:
         """Tokens (B, N, p*p*3) in [0, 1] -> all tokens predicted, in [0, 1] units."""
-        p2 = self.config.patch_size**2
-        mean, std = self.mean.repeat(p2), self.std.repeat(p2)
         if mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean, True = visible, got {mask.dtype}")
+        seen = Selection.of(mask)
+        return self.predict(self.states(seen.take(tokens), seen, encoder))
+
+    def states(self, pixels: Tensor, seen: Selection, encoder: str = "drop") -> Tensor:
+        """Pixels of the visible tokens -> what the last block of the decoder gets, (B, 1 + N, D).
+
+        ``pixels`` are rows of ``seen``, (B, T, p*p*3) or packed, in [0, 1].
+        """
         if encoder == "drop":
-            latent, index, keys = self._encode_visible(tokens, mask, mean, std)
-            full = self._scatter(self.decoder_embed(latent), index, keys, mask)
+            x = self.patch_embed(self._normalise(pixels)) + seen.lookup(self.pos_embed[0, 1:])
+            head, rows = seen.parted(self.decoder_embed(self._encode(x, seen)))
         elif encoder == "zero":
-            black = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
-            seen = torch.where(mask[..., None], tokens, black)
-            latent = self._encode(self.patch_embed((seen - mean) / std) + self.pos_embed[:, 1:])
-            y = self.decoder_embed(latent)
-            rest = torch.where(mask[..., None], y[:, 1:], self.mask_token.to(y.dtype))
-            full = torch.cat([y[:, :1], rest], 1)
+            black = pixels.new_zeros(seen.batch, self.grid**2, pixels.shape[-1])
+            full = self.patch_embed(self._normalise(seen.put(black, pixels)))
+            y = self.decoder_embed(self._encode(full + self.pos_embed[:, 1:]))
+            head, rows = y[:, 0], seen.take(y, first=1)
         else:
             raise ValueError(f"encoder must be 'drop' or 'zero', got {encoder!r}")
-        x = full + self.decoder_pos_embed
-        for block in self.decoder_blocks:
+        hidden = self.mask_token.to(rows.dtype).expand(seen.batch, self.grid**2, -1)
+        x = torch.cat([head[:, None], hidden], 1)
+        x = seen.put(x, rows, first=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:] * std + mean
+        return x
+
+    def predict(self, states: Tensor, wanted: Selection | None = None) -> Tensor:
+        """Pixels in [0, 1] units, not clamped: of all tokens (B, N, p*p*3), or rows of ``wanted``.
+
+        Everything is attended to either way; what is not wanted is merely not computed.
+        """
+        x = self.decoder_blocks[-1](states, wanted=wanted)
+        x = linear(self.decoder_norm(x if wanted is not None else x[:, 1:]), self.decoder_pred)
+        p2 = self.config.patch_size**2
+        return x * self.std.repeat(p2) + self.mean.repeat(p2)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        p2 = self.config.patch_size**2
+        return (pixels - self.mean.repeat(p2)) / self.std.repeat(p2)
 
     def to_image(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size)
 
-    def _encode(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        # x: (B, T, D) without, result (B, 1 + T, D) with the class token.
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+    def _encode(self, x: Tensor, seen: Selection | None = None) -> Tensor:
+        # (B, T, D), or rows of ``seen``, without; the result with the class token.
+        head = self.cls_token + self.pos_embed[:, :1]
+        if seen is None:
+            x, layout = torch.cat([head.expand(len(x), -1, -1), x], 1), None
+        else:
+            x, layout = seen.lead(head, x), seen.layout(first=1)
         for block in self.blocks:
-            x = block(x, keys)
+            x = block(x, layout)
         return self.norm(x)
-
-    def _encode_visible(self, tokens, mask, mean, std):
-        b, _, d = tokens.shape
-        counts = mask.sum(1)
-        shortest, longest = (int(c) for c in counts.aminmax()) if b else (0, 0)
-        # Visible tokens first, in their order; the rest of a short row is padding.
-        index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-        picked = tokens.gather(1, index[..., None].expand(-1, -1, d))  # (B, T, p*p*3)
-        keys = None
-        if shortest != longest:
-            real = torch.arange(longest, device=mask.device) < counts[:, None]  # (B, T)
-            picked = torch.where(real[..., None], picked, torch.zeros_like(picked))
-            keys = torch.cat([real.new_ones(b, 1), real], 1)
-        positions = self.pos_embed[0, 1:][index]  # (B, T, D)
-        x = self.patch_embed((picked - mean) / std) + positions
-        return self._encode(x, keys), index, keys
-
-    def _scatter(self, y: Tensor, index: Tensor, keys: Tensor | None, mask: Tensor) -> Tensor:
-        b, n = mask.shape
-        full = self.mask_token.to(y.dtype).expand(b, n, -1)
-        target = index if keys is None else torch.where(keys[:, 1:], index, n)
-        # A spare slot at the end swallows the padding.
-        slots = torch.cat([full, full[:, :1]], 1)
-        slots = slots.scatter(1, target[..., None].expand(-1, -1, y.shape[-1]), y[:, 1:])
-        return torch.cat([y[:, :1], slots[:, :n]], 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pair import hub
-from pair.generator import GeneratorConfig, MaskedAutoencoder
+from pair.generator import GeneratorConfig, MaskedAutoencoder, patchify
 from pair.images import check_images, resize
 from pair.masks import (
     Bernoulli,
@@ -21,6 +21,7 @@ from pair.masks import (
     rule_from_config,
     rule_to_config,
 )
+from pair.tokens import Selection
 
 STORED = ("mask", "passes", "encoder", "output")  # settings kept beside the weights
 
@@ -104,7 +105,34 @@ class Purifier(nn.Module):
         generator: torch.Generator | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        return self.steps(images, generator=generator, mask=mask)[-1]
+        tokens, mask = self._prepare(images, generator, mask)
+        out = self._purify(tokens, mask)[-1]
+        return self._finish(out, images)
+
+    def draws(
+        self,
+        images: Tensor,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        micro_batch: int = 64,
+    ) -> Tensor:
+        """``n`` purifications of every image under fresh masks: (n, B, 3, S, S).
+
+        All run as one batch, in slices of at most ``micro_batch``. The masks are those that ``n``
+        calls one after the other would take from ``generator``.
+        """
+        if n < 1 or micro_batch < 1:
+            raise ValueError(f"draws need n >= 1 and micro_batch >= 1, got {n} and {micro_batch}")
+        batch = len(images)
+        masks = torch.cat([self.draw_mask(batch, generator) for _ in range(n)])
+        tokens, masks = self._prepare(images, None, masks, n)
+        parts = []
+        for part in torch.arange(n * batch, device=tokens.device).split(micro_batch):
+            out = self._purify(tokens[part % batch], masks[part])[-1]
+            parts.append(self._finish(out, images))
+        size = tuple(images.shape[-2:]) if self.restore_size else (self.image_size,) * 2
+        return torch.cat(parts).view(n, batch, 3, *size)
 
     def steps(
         self,
@@ -114,34 +142,54 @@ class Purifier(nn.Module):
         mask: Tensor | None = None,
     ) -> list[Tensor]:
         """The first reconstruction (if there are two passes) and the purified images."""
+        tokens, mask = self._prepare(images, generator, mask)
+        return [self._finish(out, images) for out in self._purify(tokens, mask, both=True)]
+
+    def _prepare(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None,
+        mask: Tensor | None,
+        copies: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Checked tokens (B, N, p*p*3) in the type of the weights, masks (copies * B, N)."""
         images = check_images(images)
-        size = (images.shape[-2], images.shape[-1])
         # Resizing exists in full precision only; the rest runs in the precision of the weights.
         x = resize(images.float() if images.itemsize < 4 else images, self.image_size)
         x = x.to(next(self.parameters()).dtype)
         if mask is None:
             mask = self.draw_mask(len(x), generator)
-        mask = self._check_mask(mask.to(x.device), len(x))
-        first = self._pass(x, mask)
-        out = [first]
-        if self.passes == 2:
-            second = self._pass(first, complement(mask))
-            if self.output == "paste":
-                second = torch.where(self._pixels(mask), second, first)
-            out.append(second)
-        elif self.output == "paste":
-            out = [torch.where(self._pixels(mask), x, first)]
-        out = [self._clamp(o) for o in out]
-        return [resize(o, size) for o in out] if self.restore_size else out
+        mask = self._check_mask(mask.to(x.device), copies * len(x))
+        return patchify(x, self.autoencoder.config.patch_size), mask
 
-    def _pass(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.autoencoder(x, mask, encoder=self.encoder)
+    def _purify(self, tokens: Tensor, mask: Tensor, both: bool = False) -> list[Tensor]:
+        """Equations 7-13 on tokens: the last result, and the first before it if ``both``.
 
-    def _pixels(self, mask: Tensor) -> Tensor:
-        """(B, N) -> (B, 1, S, S), True where the token was visible in pass 1."""
-        g, p = self.autoencoder.grid, self.autoencoder.config.patch_size
-        m = mask.view(len(mask), 1, g, g)
-        return m.repeat_interleave(p, 2).repeat_interleave(p, 3)
+        Nothing is computed for naught: the second pass sees only what the first had hidden, so
+        only that is predicted in the first; and pasting needs half of the second.
+        """
+        model = self.autoencoder
+        seen = Selection.of(mask)
+        states = model.states(seen.take(tokens), seen, self.encoder)
+        paste = self.output == "paste"
+        if self.passes == 1 and not paste:
+            return [model.predict(states)]
+        hidden = Selection.of(complement(mask))
+        if self.passes == 1 and not hidden.count:  # nothing is hidden, nothing to paste
+            return [tokens]
+        rebuilt = model.predict(states, hidden)
+        if self.passes == 1:
+            return [hidden.put(tokens, rebuilt)]
+        first = [model.predict(states)] if both else []
+        states = model.states(rebuilt, hidden, self.encoder)
+        if not paste:
+            return [*first, model.predict(states)]
+        pasted = seen.put(tokens.new_zeros(tokens.shape), model.predict(states, seen))
+        return [*first, hidden.put(pasted, rebuilt)]
+
+    def _finish(self, tokens: Tensor, images: Tensor) -> Tensor:
+        out = self._clamp(self.autoencoder.to_image(tokens))
+        return resize(out, (images.shape[-2], images.shape[-1])) if self.restore_size else out
 
     def _clamp(self, x: Tensor) -> Tensor:
         clamped = x.clamp(0, 1)
