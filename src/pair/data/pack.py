@@ -6,9 +6,11 @@ relative path, label, data set, split). Short side resized to S, centre crop.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +60,54 @@ def write_pack(
     os.replace(partial, out / IMAGES)
 
 
+class Collection(ABC):
+    """Photos with a row of facts each, from which a training takes batches by row number."""
+
+    paths: list[str]
+    labels: list[str]  # several names are joined by ";"
+    datasets: list[str]
+    splits: list[str]
+    captions: Sequence[tuple[str, ...]] = ()  # a pack has none
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """Height and width of the photos."""
+
+    @abstractmethod
+    def raw(self, rows: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 that changes when the photos or the facts about them do."""
+
+    def prefetch(self, rows: Tensor) -> None:  # noqa: B027  (nothing to do is a fine answer)
+        """A hint that ``raw(rows)`` follows soon."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of whatever reads the photos."""
+
+    def where(self, keep: Callable[[str, str, str], bool]) -> Tensor:
+        """Row numbers whose (label, data set, split) pass ``keep``."""
+        rows = zip(self.labels, self.datasets, self.splits, strict=True)
+        return torch.tensor([i for i, r in enumerate(rows) if keep(*r)], dtype=torch.long)
+
+    def batch(self, rows: Tensor, size: int) -> Tensor:
+        """Centre crops (B, 3, size, size), float in [0, 1]."""
+        images = self.raw(rows).permute(0, 3, 1, 2).float().div(255)
+        margin = images.shape[-1] - size
+        if margin < 0:
+            return torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
+        at = margin // 2
+        return images[..., at : at + size, at : at + size].contiguous()
+
+
 @dataclass
-class Pack:
+class Pack(Collection):
     """An opened pack (or a part of one). ``batch(rows)`` gives float images in [0, 1]."""
 
     images: np.ndarray
@@ -86,28 +134,16 @@ class Pack:
             )
         return cls(images, paths, labels, datasets, splits)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     @property
     def side(self) -> int:
-        """Height and width of the stored photos."""
         return self.images.shape[1]
 
-    def where(self, keep: Callable[[str, str, str], bool]) -> Tensor:
-        """Row numbers whose (label, data set, split) pass ``keep``."""
-        rows = zip(self.labels, self.datasets, self.splits, strict=True)
-        return torch.tensor([i for i, r in enumerate(rows) if keep(*r)], dtype=torch.long)
-
     def raw(self, rows: Tensor) -> Tensor:
-        """(B, S, S, 3) uint8."""
         return torch.from_numpy(self.images[rows.numpy()])
 
-    def batch(self, rows: Tensor, size: int) -> Tensor:
-        """Centre crops (B, 3, size, size), float in [0, 1]."""
-        images = self.raw(rows).permute(0, 3, 1, 2).float().div(255)
-        margin = images.shape[-1] - size
-        if margin < 0:
-            return torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
-        at = margin // 2
-        return images[..., at : at + size, at : at + size].contiguous()
+    def fingerprint(self) -> str:
+        facts = (self.images.shape, self.paths, self.labels, self.datasets, self.splits)
+        digest = hashlib.sha256(repr(facts).encode())
+        for row in {0, len(self) // 2, len(self) - 1} if len(self) else ():
+            digest.update(self.images[row].tobytes())
+        return digest.hexdigest()
