@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pair.commands.running import stopping
 
 if TYPE_CHECKING:
     from pair.guard.folder import Summary
@@ -67,7 +66,7 @@ def purify(
         purifier.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's ways to say "there is none"
         raise ValueError(f"--device: cannot compute on {device!r} here") from error
-    with _stopping() as (stop, caught), _bar() as progress:
+    with stopping() as (stop, caught), _bar() as progress:
         summary = purify_folder(
             paths,
             out,
@@ -92,25 +91,6 @@ def _sentence(summary: Summary) -> str:
         parts.append(f"{summary.ignored} other files ignored")
     parts.append(f"{summary.failed} failed" + f" (see {summary.failures})" * bool(summary.failed))
     return ", ".join(parts)
-
-
-@contextmanager
-def _stopping() -> Iterator[tuple[Event, list[int]]]:
-    """The first SIGINT or SIGTERM sets the event, a second SIGINT interrupts at once."""
-    event, caught = Event(), [signal.SIGINT.value]
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        caught[0] = number
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event, caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
