@@ -24,13 +24,23 @@ def list_models() -> None:
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="Shipped name or folder.")]) -> None:
-    """Print the configuration of a model, with its training record."""
+    """Print the configuration of a model, with its training record; of a generator also its work.
+
+    Work is given per image and pass: multiply-adds, bytes of weights and of activations.
+    """
     import json
 
     from pair import hub
     from pair.training.cards import describe
 
-    typer.echo(json.dumps(describe(hub.resolve(name)), indent=2))
+    facts = describe(hub.resolve(name))
+    if facts.get("kind") == "generator":
+        from pair.generator import GeneratorConfig
+        from pair.work import summary
+
+        options = {key: facts["purifier"][key] for key in ("encoder", "output")}
+        facts["work"] = summary(GeneratorConfig(**facts["model"]), **options)
+    typer.echo(json.dumps(facts, indent=2))
 
 
 @app.command()
