@@ -7,7 +7,18 @@ import sys
 import typer
 
 from pair import __version__
-from pair.commands import attack, certified, certify, data, demo, models, purify, train
+from pair.commands import (
+    attack,
+    certified,
+    certify,
+    data,
+    demo,
+    index,
+    models,
+    purify,
+    search,
+    train,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,8 +31,10 @@ app.add_typer(attack.app, name="attack")
 app.command("bench-certified")(certified.bench)
 app.command("certify")(certify.certify)
 app.add_typer(data.app, name="data")
+app.add_typer(index.app, name="index")
 app.add_typer(models.app, name="models")
 app.command("purify")(purify.purify)
+app.command("search")(search.search)
 app.command("train")(train.train)
 
 

@@ -1,0 +1,110 @@
+"""``pair search``: look for pictures in a collection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pair.guard.collection import Collection, Hit
+
+
+def search(
+    uri: Annotated[str, typer.Argument(help="The collection, see 'pair index'.")],
+    text: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Look for pictures like this one instead.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
+    where: Annotated[
+        str | None, typer.Option(help="Filter: \"label = 'cat' and year >= 2020\".")
+    ] = None,
+    defend: Annotated[
+        str | None,
+        typer.Option(
+            help="Purified are: query, gallery, both or none; default both, if there is a purifier."
+        ),
+    ] = None,
+    using: Annotated[
+        str | None, typer.Option(help="embedding or code; default the embedding, if there is one.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Go round the approximate index.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Repeatable mask of the query; default: secret, fresh.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Where relative uris are now, for --sheet.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON line per result.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw the results to this .png or .jpg.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
+) -> None:
+    """Search a collection by words or by a picture."""
+    import json as js
+
+    import torch
+
+    from pair.guard.collection import Collection
+
+    if (text is None) == (image is None):
+        raise ValueError("give either words to look for, or --image")
+    if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--sheet: {sheet} must end in .png or .jpg")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    collection = Collection.open(uri, root=root, device=device)
+    if text is not None:
+        if using == "code":
+            raise ValueError("codes can only be searched with --image")
+        hits = collection.search_text(text, k, defend=defend, where=where, exact=exact)
+    else:
+        assert image is not None
+        hits = collection.search_image(
+            image, k, defend=defend, where=where, exact=exact, using=using, seed=seed
+        )
+    if sheet is not None:
+        _draw(collection, hits, text or f"pictures like {image}", sheet)
+    if json:
+        for hit in hits:
+            typer.echo(js.dumps(hit.record()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rank", "score", "picture", "about")
+    for hit in hits:
+        about = ", ".join(f"{name} {value}" for name, value in hit.metadata.items())
+        table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.uri, about)
+    Console().print(table)
+
+
+def _draw(collection: Collection, hits: list[Hit], title: str, path: Path) -> None:
+    """A contact sheet, five in a row; a picture that is gone leaves a grey tile."""
+    import io
+
+    import torch
+
+    from pair.files import write_atomic
+    from pair.images import ImageError, load_image, resize_crop
+    from pair.pictures import Tile, sheet
+
+    tiles = []
+    for hit in hits:
+        try:
+            whole = load_image(collection.read(hit.uri))[None]
+            image = resize_crop(whole, 224)[0].clamp(0, 1)
+        except (OSError, ImageError):
+            image = torch.full((3, 224, 224), 0.85)
+        tiles.append(Tile(image, f"{hit.rank}. {hit.score:.3f} {Path(hit.uri).name}"))
+    rows = [(title if i == 0 else "", tiles[i : i + 5]) for i in range(0, len(tiles), 5)]
+    if not rows:
+        raise ValueError("nothing was found: there is no sheet to draw")
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    data = io.BytesIO()
+    sheet(rows, side=176).save(data, kind, **({} if kind == "PNG" else {"quality": 90}))
+    write_atomic(path, data.getvalue())
