@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pair import hub
-from pair.generator import IMAGENET_MEAN, IMAGENET_STD, Block
+from pair.generator import IMAGENET_MEAN, IMAGENET_STD, Block, Selection
 from pair.images import check_images, resize
 from pair.retrieval.resnet import ResNet, ResNetConfig
 
@@ -106,9 +106,11 @@ class SmallClip(nn.Module):
         ids = ids[:, : int((ids != 0).sum(1).max())]  # nothing beyond the longest sentence
         real = ids != 0  # (T, L)
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        seen = Selection.of(real)
+        rows, layout = seen.take(x), seen.layout()
         for block in self.text_blocks:
-            x = block(x, real)
-        x = self.text_norm(x) * real[..., None]
+            rows = block(rows, layout)
+        x = seen.put(torch.zeros_like(x), self.text_norm(rows))
         return self.text_projection(x.sum(1) / real.sum(1, keepdim=True))
 
     @classmethod
