@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pair.certified.covering import Cover, PatchFamily, pair_masks, window_cover
-from pair.generator import MaskedAutoencoder
+from pair.generator import MaskedAutoencoder, patchify
 from pair.images import check_images, resize
 from pair.purifier import Purifier
 from pair.retrieval.encoders import ImageEncoder
+from pair.tokens import Selection
 
 FILLS = ("window", "whole", "mean", "blur", "drop")
 
@@ -92,11 +93,23 @@ class CertifiedPurifier(nn.Module):
         fill: str = "window",
     ) -> CertifiedPurifier:
         """A generator by name with windows for ``patch`` (share of the side, or a family)."""
-        generator = Purifier.from_pretrained(name).autoencoder.eval().requires_grad_(False)
+        return cls.covering(Purifier.from_pretrained(name).autoencoder, patch, views, fill=fill)
+
+    @classmethod
+    def covering(
+        cls,
+        generator: MaskedAutoencoder,
+        patch: float | PatchFamily = 0.35,
+        views: int = 9,
+        *,
+        fill: str = "window",
+    ) -> CertifiedPurifier:
+        """Windows for ``patch`` (share of the side, or a family) on the generator's token grid."""
         c = generator.config
         if not isinstance(patch, PatchFamily):
             patch = PatchFamily.share(patch, c.image_size)
-        return cls(generator, window_cover(patch, c.image_size, c.patch_size, views), fill=fill)
+        cover = window_cover(patch, c.image_size, c.patch_size, views)
+        return cls(generator.eval().requires_grad_(False), cover, fill=fill)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Check and resize to (B, 3, S, S): the last step an attacker's pixels share."""
@@ -163,11 +176,18 @@ class CertifiedPurifier(nn.Module):
         return torch.cat(parts)
 
     def _generate(self, x: Tensor, visible: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        for rows in _same_count(visible):  # equal counts need no padding
+        model = self.autoencoder
+        tokens = patchify(x, self.cover.token)
+        out = torch.zeros_like(tokens)
+        for rows in _same_count(visible):  # equal counts need no packing
             for part in rows.split(self.chunk):
-                out[part] = self.autoencoder(x[part], visible[part], encoder="drop")
-        return out
+                seen, hidden = Selection.of(visible[part]), Selection.of(~visible[part])
+                states = model.states(seen.take(tokens[part]), seen)
+                if self.fill == "whole":
+                    out[part] = model.predict(states)
+                elif hidden.count:  # visible tokens keep their pixels: predict the window only
+                    out[part] = hidden.put(out[part], model.predict(states, hidden))
+        return model.to_image(out)
 
     def _blur(self, x: Tensor, shown: Tensor) -> Tensor:
         """Gaussian-weighted mean of the visible pixels, the mean colour where none is near."""
