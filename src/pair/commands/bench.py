@@ -1,0 +1,235 @@
+"""``pair bench``: the tables and figures of the paper, measured on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure defenses against attacks: the benchmark.")
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(help="Scenarios: table1 ... table5, alpha, ladder, fig1, fig2, fig5, a .toml."),
+]
+Scale = Annotated[str, typer.Option(help="smoke, small or paper.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/bench/SCALE.")]
+
+
+@app.command("list")
+def show() -> None:
+    """The scenarios, what they measure, and their settings at each scale."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pair.bench import scenario
+
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("scenario", "measures", "rows", "small: keywords x pictures x steps"):
+        table.add_column(name)
+    for name in scenario.NAMES:
+        found = scenario.load(name)
+        s = scenario.settings(found, "small")
+        units = s.units or len(s.keywords)
+        size = "" if not found.rows else f"{units} x {s.ads} x {s.steps}"
+        table.add_row(name, found.title, str(len(found.rows) or "–"), size)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    names: Names = None,
+    scale: Scale = "small",
+    out: Out = None,
+    keywords: Annotated[
+        int | None, typer.Option(min=1, help="Attack so many keywords or pairs of classes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the adaptive attack.")] = None,
+    ads: Annotated[int | None, typer.Option(min=1, help="Inserted advertisements.")] = None,
+    eot: Annotated[
+        int | None, typer.Option(min=1, help="Draws of a random defense per step.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Purifications per picture in the evaluation.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Base of all seeds.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of your own data, for the scale paper.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Text-image model, or open_clip:ARCHITECTURE:WEIGHTS.")
+    ] = None,
+    csq: Annotated[str | None, typer.Option(help="Hash model.")] = None,
+    generator: Annotated[str | None, typer.Option(help="Generator of PAIR.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    only: Annotated[str, typer.Option(help="Only rows whose label contains this.")] = "",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure recorded failures again.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and stop.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Measure scenarios (default: all), cell by cell.
+
+    Stop it at any time; the same command continues where it was. Several processes may run it
+    at once on the same folder: each takes the cells that no other has.
+    """
+    import torch
+    from rich.console import Console
+
+    from pair.bench import runner
+
+    torch.set_num_threads(threads)
+    console = Console(stderr=True)
+    given = {
+        "units": keywords, "steps": steps, "ads": ads, "eot": eot, "seeds": seeds, "seed": seed,
+        "data": data, "clip": clip, "csq": csq, "generator": generator, "device": device,
+    }  # fmt: skip
+    benches = _benches(names, scale, out, given)
+    total = 0.0
+    for bench in benches:
+        cost = runner.estimate(bench, only)
+        total += cost.minutes or 0.0
+        console.print(f"{bench.scenario.name}: {cost}", highlight=False)
+    console.print(f"in all about {total:.0f} minutes", highlight=False)
+    if dry_run:
+        return
+    failed = []
+    for bench in benches:
+        try:
+            with _status(console, bench) as say:
+                outcome = runner.run(bench, say, only=only, retry=retry_failed)
+        except KeyboardInterrupt:
+            console.print("pair: stopped; run the same command again to continue")
+            raise typer.Exit(130) from None
+        failed += outcome.failed or []
+        console.print(
+            f"{bench.scenario.name}: {outcome.done} cells measured, {outcome.found} found",
+            highlight=False,
+        )
+    for title, message in failed:
+        console.print(f"failed: {title}: {message}", highlight=False)
+    console.print(f"results: {benches[0].store.root}; 'pair bench report' makes the tables")
+
+
+@app.command()
+def report(
+    names: Names = None,
+    scale: Scale = "small",
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/bench/SCALE.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RESULTS/report.")] = None,
+    keywords: Annotated[
+        int | None, typer.Option(min=1, help="As given to 'pair bench run'.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
+    ads: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
+    eot: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="As given to 'pair bench run'.")] = None,
+    data: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
+    clip: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
+    csq: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
+    generator: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="From the published files in OUT alone, without the run."),
+    ] = False,
+    figures: Annotated[bool, typer.Option(help="Draw figures (extra 'figures').")] = True,
+) -> None:
+    """Tables (Markdown, LaTeX, HTML), figures and the leaderboard from finished cells."""
+    from rich.console import Console
+
+    from pair.bench import report as pages
+    from pair.bench.scenario import load
+    from pair.bench.tables import published
+
+    console = Console()
+    root = results or Path("runs") / "bench" / scale
+    target = out or root / "report"
+    if rebuild:
+        for path in sorted(target.glob("*.jsonl")):
+            pages.write(target, load(path.stem), published(path), None, figures)
+    else:
+        given = {
+            "units": keywords, "steps": steps, "ads": ads, "eot": eot, "seeds": seeds,
+            "seed": seed, "data": data, "clip": clip, "csq": csq, "generator": generator,
+        }  # fmt: skip
+        for bench in _benches(names, scale, root, given):
+            lines = pages.stamped(bench, scale)
+            if lines:
+                pages.write(target, bench.scenario, lines, bench.store.root, figures)
+    if not list(target.glob("*.jsonl")):
+        raise ValueError(f"{root} holds no finished cell of these settings: 'pair bench run' first")
+    pages.write_leaderboard(target)
+    path = pages.page(target)
+    for section in pages.sections(target):
+        if section.table is not None:
+            _print(console, section.table)
+    console.print(f"open [bold]{path}[/bold] in a browser")
+
+
+def _benches(names: list[str] | None, scale: str, out: Path | None, given: dict[str, Any]):
+    """The scenarios asked for and those they need, each once."""
+    from pair.bench import scenario
+    from pair.bench.grid import Bench
+    from pair.bench.store import Store
+
+    store = Store(out or Path("runs") / "bench" / scale)
+    made: dict[str, Bench] = {}
+
+    def add(name: str) -> None:
+        found = scenario.load(name)
+        for other in found.needs:
+            add(other)
+        if found.name not in made and found.rows:
+            settings = scenario.settings(found, scale, **given)
+            made[found.name] = Bench(scenario.at_scale(found, scale), settings, store)
+
+    for name in names or scenario.NAMES:
+        add(name)
+    for bench in made.values():
+        bench.cells()  # says at once what is missing
+    return list(made.values())
+
+
+def _status(console: Any, bench: Any):
+    """A line with the present cell and the progress of its optimisation."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def shown():
+        with console.status("", spinner="dots") as status:
+            now = ""
+
+            def say(text: str) -> None:
+                nonlocal now
+                now = text
+                console.print(f"[dim]{text}[/dim]", highlight=False)
+                status.update(text)
+
+            def step(done: int, total: int, loss: float) -> None:
+                status.update(f"{now}: step {done} of {total}, loss {loss:.3f}")
+
+            bench.progress = step
+            yield say
+
+    return shown()
+
+
+def _print(console: Any, table: Any) -> None:
+    from rich.table import Table
+
+    from pair.bench.markup import flat
+
+    columns, rows = flat(table)
+    shown = Table(title=table.title, title_justify="left")
+    for i, name in enumerate(columns):
+        shown.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(
+            *(f"[dim]{t}[/dim]" if v and v.grey else t.replace("[", "\\[") for t, v in row)
+        )
+    console.print(shown)
