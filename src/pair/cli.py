@@ -9,6 +9,7 @@ import typer
 from pair import __version__
 from pair.commands import (
     attack,
+    bench,
     certified,
     certify,
     data,
@@ -17,6 +18,7 @@ from pair.commands import (
     models,
     purify,
     search,
+    serve,
     train,
 )
 
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.add_typer(attack.app, name="attack")
+app.add_typer(bench.app, name="bench")
 app.command("bench-certified")(certified.bench)
 app.command("certify")(certify.certify)
 app.add_typer(data.app, name="data")
@@ -35,6 +38,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(models.app, name="models")
 app.command("purify")(purify.purify)
 app.command("search")(search.search)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 
 
