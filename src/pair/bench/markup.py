@@ -30,7 +30,7 @@ def data(table: Table) -> dict[str, Any]:
     """What ``scripts/readme.py`` renders: columns, rows of strings, a note; and the numbers."""
     columns, rows = flat(table)
     columns[0] = "defense" if table.name != "ladder" else "attack"
-    numbers = {}
+    numbers: dict[str, list[dict[str, float]]] = {}
     for label, values in table.rows:
         numbers.setdefault(label, []).append(
             {c: round(v.mean, 3) for c, v in zip(table.columns, values, strict=True)
