@@ -311,6 +311,22 @@ class Collection:
         query = self.embed(image, purified=purified, seeds=seeds)[column.partition("_")[0]]
         return self._search(column, query, k, where, exact)
 
+    def search_row(
+        self,
+        row: np.ndarray,
+        k: int = 10,
+        *,
+        using: str = "embedding",
+        defend: str | None = None,
+        where: str | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The pictures nearest to a row that is computed already: a unit vector or a packed code.
+
+        ``defend`` says which side of the gallery it is compared with, see :meth:`search_image`.
+        """
+        return self._search(self._column(using, defend), row, k, where, exact)
+
     def embed(
         self,
         image: Tensor | str | os.PathLike[str] | bytes,

@@ -1,0 +1,1 @@
+"""The service (``pair serve``), its client, and the page for people (``pair lab``)."""

@@ -1,0 +1,135 @@
+"""uvicorn, with what it lacks for strangers: a time limit for headers, and a quiet stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pair.serve.app import Service
+from pair.serve.logs import LOGGER
+from pair.serve.problems import Problem
+
+HEADER_BYTES = 16 * 1024
+HEADER_SECONDS = 10.0
+KEEP_ALIVE = 15
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 where a request's head must arrive within ``HEADER_SECONDS``."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        idle = self.conn.their_state is h11.IDLE
+        if not idle:
+            self._cancel()
+        elif self._timer is None and self.conn.trailing_data[0]:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.conn.trailing_data[0]:
+            text = f"the request did not arrive within {HEADER_SECONDS:g} seconds"
+            self._refuse(Problem(408, "slow", text))
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        if len(self.conn.trailing_data[0]) >= HEADER_BYTES:
+            text = f"the request's head is larger than {HEADER_BYTES} bytes"
+            self._refuse(Problem(431, "headers", text))
+        else:
+            self._refuse(Problem(400, "http", "this is not HTTP/1.1"))
+
+    def _refuse(self, problem: Problem) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = {**problem.headers, "connection": "close"}
+            headers["content-length"] = str(len(problem.body))
+            for event in (
+                h11.Response(status_code=problem.status, headers=list(headers.items())),
+                h11.Data(data=problem.body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        LOGGER.info("refused", extra={"fields": {"status": problem.status, "code": problem.code}})
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Stops on SIGTERM and SIGINT: ``grace`` seconds not ready but working, then finishes what was
+    accepted. A second SIGINT ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float = 0.0):
+        super().__init__(config)
+        self.service, self.grace = service, grace
+        self._exit_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._exit_at is not None and sig == signal.SIGINT:
+            self.force_exit = self.should_exit = True
+            return
+        self.service.leaving = True
+        self._exit_at = time.monotonic() + self.grace
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._exit_at is not None and time.monotonic() >= self._exit_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ``port`` 0 takes a free one. Raises ``OSError`` with one sentence."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
+    return found
+
+
+def server(service: Service, grace: float = 0.0, app: Any = None) -> Server:
+    """A server for ``service.app`` (or ``app`` around it); run it with ``run(sockets=[...])``."""
+    config = uvicorn.Config(
+        app or service.app,
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(service.limits.timeout) + 5,
+        backlog=1024,
+    )
+    return Server(config, service, grace)
