@@ -52,6 +52,37 @@ class PatchFamily:
         return shapes if self.patches == 1 else f"{self.patches} patches of {shapes}"
 
 
+def parse_family(text: str, image_size: int) -> PatchFamily:
+    """A family from words: ``0.35``, ``39``, ``16x40,40x16``, ``0.14*2``.
+
+    Sides below 1 are shares of the image's side, others pixels; ``HxW`` is a rectangle, commas
+    join shapes, and ``*2`` allows two patches at once. Raises ``ValueError`` for anything else.
+    """
+    shapes, _, count = text.partition("*")
+    try:
+        family = PatchFamily(
+            tuple(_sides(shape, image_size) for shape in shapes.split(",")),
+            int(count) if count else 1,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"no patch family: {text!r}; write a side as a share (0.35) or in pixels (39), a "
+            "rectangle as 16x40, several shapes with commas, two patches as 0.14*2"
+        ) from error
+    if max(map(max, family.shapes)) >= image_size:
+        raise ValueError(f"a patch of {text} leaves nothing of a {image_size} px image")
+    return family
+
+
+def _sides(shape: str, image_size: int) -> tuple[int, int]:
+    sides = [float(side) for side in shape.split("x")]
+    pixels = [round(s * image_size) if 0 < s < 1 else s for s in sides]
+    if len(pixels) > 2 or any(p != int(p) or p < 0 for p in pixels):
+        raise ValueError(shape)
+    height, width = (max(1, int(p)) if p else 0 for p in (pixels[0], pixels[-1]))
+    return height, width
+
+
 @dataclass(frozen=True, eq=False)
 class Cover:
     """R masks ``visible`` (R, N) on a ``grid x grid`` of ``token``-pixel tokens, for ``family``."""

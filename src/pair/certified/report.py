@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pair.certified.covering import patch_before_resize
+from pair.certified.covering import Cover, patch_before_resize
 from pair.certified.purifier import CertifiedPurifier
 from pair.images import resize, resize_crop, to_pil
 from pair.retrieval.encoders import ImageEncoder
@@ -30,7 +30,8 @@ class Certificate:
     ``patch`` is the largest side that is certified, in pixels of the image as the model sees it
     (``size`` x ``size``); ``patch_in_file`` the side in the original file after allowing for
     the resize (A4). ``window`` is the window whose removal costs most, in pixels of the file.
-    ``clear``: no single patch is responsible.
+    ``clear``: no single patch is responsible (with ``patches`` > 1: no so many together; the
+    window is then the smallest box around the windows of that view).
     """
 
     patch: int
@@ -44,6 +45,7 @@ class Certificate:
     clear: bool
     window: Box
     view: int
+    patches: int = 1
 
     @property
     def drop(self) -> float:
@@ -53,13 +55,15 @@ class Certificate:
     def sentence(self) -> str:
         """The certificate in words."""
         px = f"{self.patch} px (of {self.size})"
+        single = "single patch" if self.patches == 1 else f"{self.patches} patches"
+        are = "is" if self.patches == 1 else "are"
         scores = f"score {self.plain:.3f}, without any one window at least {self.lowest:.3f}"
         left, top, right, bottom = self.window
         where = f"columns {left}-{right}, rows {top}-{bottom}"
         if not self.hit:
             return f"no hit: score {self.plain:.3f} is below the threshold {self.threshold:.3f}"
         if self.clear:
-            return f"no single patch up to {px} is responsible for this hit ({scores})"
+            return f"no {single} up to {px} {are} responsible for this hit ({scores})"
         return (
             f"the hit depends on one window ({where}): without it the score falls from "
             f"{self.plain:.3f} to {self.lowest:.3f}, below {self.threshold:.3f}"
@@ -90,34 +94,53 @@ def certify(
     """
     out = []
     for purifier in purifiers:
-        size, cover = purifier.image_size, purifier.cover
-        if cover.family.patches != 1:
-            raise ValueError("a certificate names one window: use a family of single patches")
-        x = resize_crop(image[None], size).clamp(0, 1)
+        x = resize_crop(image[None], purifier.image_size).clamp(0, 1)
         scores = purifier.embed(encoder, x).scores(query[None])[0, 0]  # (R + 1,)
-        lowest, view = scores[:-1].min(0)
-        plain = float(scores[-1])
-        bar = threshold
-        if bar is None:  # a score that one window may carry alone is no hit worth a certificate
-            bar = plain - delta if plain > delta else delta
-        scale = size / min(image.shape[-2:])
-        patch = min(min(shape) for shape in cover.family.shapes)
+        height, width = image.shape[-2:]
         out.append(
-            Certificate(
-                patch=patch,
-                patch_in_file=patch if scale == 1 else patch_before_resize(patch, scale),
-                size=size,
-                views=len(cover),
-                plain=plain,
-                lowest=float(lowest),
-                threshold=bar,
-                hit=plain >= bar,
-                clear=float(lowest) - slack >= bar,
-                window=_in_file(cover.boxes()[int(view)], image, size),
-                view=int(view),
-            )
+            judge(scores, purifier.cover, (height, width), delta, threshold=threshold, slack=slack)
         )
     return out
+
+
+def judge(
+    scores: Tensor,
+    cover: Cover,
+    shape: tuple[int, int],
+    delta: float = 0.2,
+    *,
+    threshold: float | None = None,
+    slack: float = 1e-5,
+    whole: bool = False,
+) -> Certificate:
+    """The certificate that view scores (R + 1,), the plain view last, give to a hit.
+
+    ``shape`` is (height, width) of the file; ``delta``, ``threshold`` and ``slack`` as in
+    :func:`certify`. ``whole``: the picture was squeezed into the square, not cut to it.
+    """
+    size = cover.image_size
+    lowest, view = scores[:-1].min(0)
+    plain = float(scores[-1])
+    bar = threshold
+    if bar is None:  # a score that one window may carry alone is no hit worth a certificate
+        bar = plain - delta if plain > delta else delta
+    scale = size / min(shape)  # the larger of the two where the picture is squeezed
+    # Every square up to the short side of some shape fits inside that shape.
+    patch = max(min(sides) for sides in cover.family.shapes)
+    return Certificate(
+        patch=patch,
+        patch_in_file=patch if scale == 1 else patch_before_resize(patch, scale),
+        size=size,
+        views=len(cover),
+        plain=plain,
+        lowest=float(lowest),
+        threshold=bar,
+        hit=plain >= bar,
+        clear=float(lowest) - slack >= bar,
+        window=_in_file(cover.boxes()[int(view)], shape, size, whole),
+        view=int(view),
+        patches=cover.family.patches,
+    )
 
 
 def summary(certificates: Sequence[Certificate]) -> Certificate:
@@ -131,11 +154,15 @@ def summary(certificates: Sequence[Certificate]) -> Certificate:
 
 @torch.no_grad()
 def picture(
-    image: Tensor, certificate: Certificate, purifier: CertifiedPurifier, side: int = 224
+    image: Tensor,
+    certificate: Certificate,
+    purifier: CertifiedPurifier,
+    side: int = 224,
+    whole: bool = False,
 ) -> Image.Image:
     """The image with the decisive window outlined, beside the view without that window."""
     size = purifier.image_size
-    seen = resize_crop(image[None], size).clamp(0, 1)
+    seen = (resize if whole else resize_crop)(image[None], size).clamp(0, 1)
     view = purifier.render(seen, purifier.cover.visible[certificate.view][None])
     tiles = [to_pil(resize(t, side).clamp(0, 1)[0]) for t in (seen, view)]
     colour = (24, 140, 64) if certificate.clear else (200, 30, 30)
@@ -145,8 +172,9 @@ def picture(
     draw = ImageDraw.Draw(sheet)
     left, top, right, bottom = (v * side / size for v in purifier.cover.boxes()[certificate.view])
     draw.rectangle((8 + left, 8 + top, 7 + right, 7 + bottom), outline=colour, width=3)
+    what = "single patch" if certificate.patches == 1 else f"{certificate.patches} patches"
     verdict = (
-        f"no single patch up to {certificate.patch}/{certificate.size} px is responsible"
+        f"no {what} up to {certificate.patch}/{certificate.size} px responsible"
         if certificate.clear
         else "the hit depends on the outlined window"
         if certificate.hit
@@ -169,11 +197,13 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return out
 
 
-def _in_file(box: Box, image: Tensor, size: int) -> Box:
-    """A box of the resized centre crop in pixels of the original (3, H, W)."""
-    h, w = image.shape[-2:]
+def _in_file(box: Box, shape: tuple[int, int], size: int, whole: bool = False) -> Box:
+    """A box of the resized centre crop in pixels of the original, ``shape`` (height, width)."""
+    h, w = shape
     scale = size / min(h, w)
     new_h, new_w = max(size, round(h * scale)), max(size, round(w * scale))
+    if whole:
+        new_h = new_w = size
     top, left = (new_h - size) // 2, (new_w - size) // 2
     x0, y0, x1, y1 = box
     sx, sy = w / new_w, h / new_h

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def search(
-    uri: Annotated[str, typer.Argument(help="The collection, see 'pair index'.")],
+    uri: Annotated[
+        str | None, typer.Argument(help="The collection, see 'pair index'; none with --photos.")
+    ] = None,
     text: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
     image: Annotated[
         Path | None, typer.Option(help="Look for pictures like this one instead.")
@@ -43,6 +45,26 @@ def search(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
+    certified: Annotated[
+        bool, typer.Option("--certified", help="Rank by certified score; a certificate per hit.")
+    ] = False,
+    photos: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --certified: search files and folders, without a collection."),
+    ] = None,
+    patch: Annotated[
+        str, typer.Option(help="Certified against: 0.35, 39 (px), 16x40,40x16, 0.14*2 (two).")
+    ] = "0.35",
+    views: Annotated[int, typer.Option(min=4, help="Most windows per patch shape.")] = 9,
+    delta: Annotated[
+        float, typer.Option(min=0, help="What one patch may add to a certified score.")
+    ] = 0.0,
+    alarm: Annotated[
+        float, typer.Option(min=0, help="Alarm if a hit loses more than this with one window.")
+    ] = 0.2,
+    certificates: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the certified views.")
+    ] = None,
 ) -> None:
     """Search a collection by words or by a picture."""
     import json as js
@@ -51,12 +73,35 @@ def search(
 
     from pair.guard.collection import Collection
 
+    if photos and not certified:
+        raise ValueError(
+            "--photos needs --certified; make a collection with 'pair index' otherwise"
+        )
+    if photos and uri is not None:  # the only word is what to look for
+        if text is not None:
+            raise ValueError("give either a collection or --photos")
+        uri, text = None, uri
+    if uri is None and not photos:
+        raise ValueError("say what to search: a collection, or --certified --photos FOLDER")
     if (text is None) == (image is None):
         raise ValueError("give either words to look for, or --image")
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--sheet: {sheet} must end in .png or .jpg")
     if threads is not None:
         torch.set_num_threads(threads)
+    if certified:
+        from pair.commands.certified_search import run
+
+        if defend or using or exact or seed is not None:
+            raise ValueError("--certified goes without --defend, --using, --exact and --seed")
+        run(
+            image or str(text), photos=photos or None,
+            collection=None if uri is None else Collection.open(uri, root=root, device=device),
+            where=where, certificates=certificates, k=k, patch=patch, views=views, delta=delta,
+            alarm=alarm, as_json=json, picture=sheet, threads=threads or 0,
+        )  # fmt: skip
+        return
+    assert uri is not None
     collection = Collection.open(uri, root=root, device=device)
     if text is not None:
         if using == "code":
