@@ -156,7 +156,7 @@ def test_every_kind_trains_logs_validates_and_saves(name, recipe, pack_folder, t
     assert config["training"]["images_seen"] == 4 * config["training"]["step"]
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert described["loop"]["steps"] == 14
-    assert {k: config["training"][k] for k in ("loop", "task")} == described
+    assert {k: config["training"][k] for k in ("loop", "task", "inputs")} == described
     assert "14/14" in said[-2] and "images/s" in said[-2] and "min left" in said[-2]
     state = checkpoint(tmp_path / "run")
     assert state["step"] == 14

@@ -40,7 +40,7 @@ def pair(*arguments, capsys) -> tuple[int, str]:
         ("generator", "loop = 3", "[loop] must be a table, got 3"),
         ("generator", "task = [1]", "[task] must be a table"),
         ("clip", "task = 7", "[task] must be a table, got 7"),
-        ("generator", "[loop]\nstep = 3", "unknown setting 'step'; known: batch_size"),
+        ("generator", "[loop]\nstep = 3", "unknown setting 'step'; known: accumulate"),
         ("generator", '[loop]\nsteps = "3"', "steps must be int, got '3' (str)"),
         ("generator", "[loop]\nsteps = 2.5", "steps must be int, got 2.5 (float)"),
         ("generator", "[loop]\nsteps = true", "steps must be int, got True (bool)"),

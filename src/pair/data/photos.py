@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 
@@ -186,3 +186,24 @@ def batches(
 
     for raw in progress(decoded()):
         yield raw.permute(0, 3, 1, 2).float().div_(255)
+
+
+def _verdict(job: Job) -> str:
+    try:
+        _decode(job)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def broken(
+    records: Sequence[Record],
+    workers: int = 0,
+    progress: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
+) -> list[str]:
+    """One sentence for every photo that cannot be decoded."""
+    jobs = ((r.path, r.offset, r.size, 8, False) for r in records)
+    if not workers:
+        return [told for told in progress(map(_verdict, jobs)) if told]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return [told for told in progress(pool.imap(_verdict, jobs, chunksize=64)) if told]

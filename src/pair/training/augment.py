@@ -41,16 +41,17 @@ def resized_crop(
     x = (u[:, 2] * 2 - 1) * (1 - half_w)
     y = (u[:, 3] * 2 - 1) * (1 - half_h)
     half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
-    theta = torch.zeros(b, 2, 3)
+    theta = torch.zeros(b, 2, 3)  # drawn where the generator lives
     theta[:, 0, 0], theta[:, 0, 2] = half_w, x
     theta[:, 1, 1], theta[:, 1, 2] = half_h, y
-    grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False)
+    grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False).to(images.device)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.3) -> Tensor:
     """Brightness, contrast and saturation by factors in 1 +- strength."""
     u = 1 + (torch.rand(3, len(images), 1, 1, 1, generator=generator) * 2 - 1) * strength
+    u = u.to(images.device)
     images = images * u[0]
     grey = images.mean((1, 2, 3), keepdim=True)
     images = grey + (images - grey) * u[1]
@@ -60,7 +61,7 @@ def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.3) ->
 
 def blur(images: Tensor, generator: torch.Generator, share: float = 0.3) -> Tensor:
     """Downscale and upscale a share of the images (factor 0.25 .. 0.6), as thumbnails are."""
-    pick = torch.rand(len(images), generator=generator) < share
+    pick = (torch.rand(len(images), generator=generator) < share).to(images.device)
     factor = 0.25 + 0.35 * float(torch.rand(1, generator=generator))
     if not bool(pick.any()):
         return images

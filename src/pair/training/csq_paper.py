@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pair.data.pack import Pack
+from pair import hub
+from pair.data.pack import Collection
 from pair.images import resize
 from pair.retrieval.backbones import RESNETS, build_backbone, load_resnet, normalisation
 from pair.retrieval.hashing import (
@@ -54,6 +55,12 @@ class CsqRecipe:
     quantisation: float = 1e-4  # lambda of L_Q
     top_k: int = 1000  # of the validation's mAP
     train_in_gallery: bool = True
+    validate_on: int = 0  # so many seeded photos of the database and a tenth of that; 0 = all
+
+    @property
+    def photo_side(self) -> int:
+        """Side at which photos are decoded when they come from a data set."""
+        return self.image_size * 8 // 7
 
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
@@ -96,8 +103,8 @@ def build(recipe: CsqRecipe, classes: tuple[str, ...]) -> HashNet:
 class CsqPaperTask:
     """CSQ training by a recipe. See :class:`pair.training.loop.Task`."""
 
-    def __init__(self, config: CsqRecipe, pack: Pack):
-        self.config, self.pack = config, pack
+    def __init__(self, config: CsqRecipe, pack: Collection):
+        self.config, self.pack, self.device = config, pack, torch.device("cpu")
         self.rows = pack.where(lambda label, data, split: split == "train" and label != "")
         if len(self.rows) == 0:
             raise ValueError("the pack holds no labelled photos in its split 'train'")
@@ -114,6 +121,20 @@ class CsqPaperTask:
         self.gallery = self._held_out(sides)
         self._step = 0
 
+    def to(self, device: torch.device) -> None:
+        """Move everything that takes part in a step."""
+        self.device = device
+        self.module.to(device)
+        self.targets = self.targets.to(device)
+
+    def prefetch(self, rows: Tensor) -> None:
+        self.pack.prefetch(self.rows[rows])
+
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of the weights that the settings only name."""
+        path = Path(self.config.weights)
+        return {"weights": hub.sha256(path)} if path.is_file() else {}
+
     def _hot(self, rows: Tensor) -> Tensor:
         """Multi-hot labels (N, C); classes without training photos count for nothing."""
         hot = torch.zeros(len(rows), len(self.classes), dtype=torch.bool)
@@ -124,7 +145,12 @@ class CsqPaperTask:
         return hot
 
     def _held_out(self, splits: tuple[str, ...]) -> Tensor:
-        return self.pack.where(lambda label, data, split: split in splits and label != "")
+        rows = self.pack.where(lambda label, data, split: split in splits and label != "")
+        most = self.config.validate_on // (10 if splits == ("query",) else 1)
+        if most and len(rows) > most:
+            seeded = torch.Generator().manual_seed(0)
+            rows = rows[torch.randperm(len(rows), generator=seeded)[:most]].sort().values
+        return rows
 
     def size(self) -> int:
         return len(self.rows)
@@ -156,14 +182,20 @@ class CsqPaperTask:
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Augmented photos (B, 3, S, S)."""
-        images, size = to_float(self.pack.raw(rows)), self.config.image_size
+        images, size = to_float(self.pack.raw(rows).to(self.device)), self.config.image_size
         if self.config.augment == "resized-crop":
             return resized_crop(images, size, generator, (0.08, 1.0))
         return crop_flip(resize(images, size * 8 // 7), size, generator)
 
     def codes(self, rows: Tensor) -> Tensor:
-        photos = (to_float(self.pack.raw(part)) for part in rows.split(64))
-        return torch.cat([binarise(self.module.encode_image(p)) for p in photos])
+        parts = rows.split(64)
+        out = []
+        for i, part in enumerate(parts):
+            for soon in parts[i : i + 3]:
+                self.pack.prefetch(soon)
+            photos = to_float(self.pack.raw(part).to(self.device))
+            out.append(binarise(self.module.encode_image(photos)).cpu())
+        return torch.cat(out)
 
     def validate(self) -> dict[str, float]:
         """mAP@topK of the queries against the database, expected over ties."""

@@ -3,6 +3,9 @@
 What happens in step k depends only on the configuration and k (data order and augmentation are
 drawn from ``(seed, k)``), so a run that was killed and resumed ends in the same weights as one
 that was not. Checkpoints appear by rename: a kill costs at most one checkpoint interval.
+
+With ``accumulate = n`` a batch is computed in n slices, each with a random source of its own: one
+after the other, or spread over the processes of ``torchrun``. Both give the same gradient.
 """
 
 from __future__ import annotations
@@ -10,10 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,28 +23,37 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pair.training import checkpoint, parallel
+from pair.training.parallel import World
+from pair.training.track import tracker
+
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Settings common to all trainings."""
 
     steps: int = 10_000
-    batch_size: int = 32
-    lr: float = 1e-3
+    batch_size: int = 32  # of all processes together
+    accumulate: int = 1  # slices of a batch; with torchrun a multiple of the processes
     warmup: int = 200
     schedule: str = "cosine"  # or "constant"
     ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0 = off
     clip_grad: float = 1.0  # largest norm of the gradient; 0 = any
-    precision: str = "fp32"  # or "bf16": autocast; twice as fast where the CPU has AVX512-BF16
+    precision: str = "fp32"  # or "bf16": autocast; twice as fast on GPUs and AVX512-BF16 CPUs
     seed: int = 0
     log_every: int = 50
     val_every: int = 1000
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "val_every", "checkpoint_every"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "val_every", "checkpoint_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal slices"
+            )
         for name in ("warmup", "clip_grad"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -87,6 +98,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFFFFFF)
 
 
+def slice_generator(seed: int, step: int, part: int) -> torch.Generator:
+    """The random source of slice ``part`` of a step; slice 0 has the one of the step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step + part * 479_001_599) % 2**31)
+
+
 def batch_rows(size: int, batch: int, seed: int, step: int) -> Tensor:
     """Indices of step ``step``: seeded epochs without repetition, last partial batch dropped."""
     per_epoch = max(1, size // batch)
@@ -128,68 +144,131 @@ def train(
     out: Path,
     facts: dict[str, Any] | None = None,
     echo=print,
+    *,
+    world: World | None = None,
+    inputs: dict[str, str] | None = None,
+    track: str = "none",
 ) -> Path:
-    """Run (or resume) a training in folder ``out``; returns the folder of the best model."""
+    """Run (or resume) a training in folder ``out``; returns the folder of the best model.
+
+    ``inputs`` are the SHA-256 of what the settings only name (photos, start, discriminator): a
+    run is not continued with others. ``track``: "tensorboard" or "wandb".
+    """
+    world = world or World()
     if task.size() < 1:
         raise ValueError("the pack holds no photos to train on")
-    out.mkdir(parents=True, exist_ok=True)
+    if config.accumulate % world.size:
+        raise ValueError(
+            f"{world.size} processes need loop.accumulate to be a multiple of {world.size}, "
+            f"got {config.accumulate}"
+        )
+    if not world.first:
+        return _run(task, config, out, facts or {}, lambda text: None, world, inputs or {}, "none")
+    with checkpoint.alone(out):
+        return _run(task, config, out, facts or {}, echo, world, inputs or {}, track)
+
+
+def _run(
+    task: Task,
+    config: LoopConfig,
+    out: Path,
+    facts: dict[str, Any],
+    echo,
+    world: World,
+    inputs: dict[str, str],
+    track: str,
+) -> Path:
     optimizers = task.optimizers()
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     ema = Ema(task.module, config.ema) if config.ema else None
-    described = {"loop": asdict(config), "task": _plain(task.config)}
-    step, best, spent = _resume(out, task, optimizers, ema, described)
-    if step:
-        echo(f"resuming at step {step} of {config.steps}")
-    start, first = time.perf_counter(), step
+    shadow = ema.shadow if ema is not None else None
+    described = {"loop": asdict(config), "task": _plain(task.config), "inputs": inputs}
+    configs = {"loop": LoopConfig(), "task": task.config}
+    at = checkpoint.load(out, task, optimizers, shadow, described, configs)
+    parallel.check_equal(world, task.module)
+    if world.first:
+        checkpoint.sweep(out, described)
+        checkpoint.trim_log(out / checkpoint.LOG, at.step)
+    if at.step:
+        echo(f"resuming at step {at.step} of {config.steps}")
+    start, first, spent = time.perf_counter(), at.step, at.seconds
+    curves = tracker(track, out, described)
     task.module.train()
-    with open(out / "log.jsonl", "a", buffering=1, encoding="utf-8") as log:  # flushed by line
-        while step < config.steps:
-            losses = _step(task, config, optimizers, peaks, step)
+    where = out / checkpoint.LOG if world.first else Path(os.devnull)
+    with open(where, "a", buffering=1, encoding="utf-8") as log:  # flushed by line
+        while at.step < config.steps:
+            losses = _step(task, config, optimizers, peaks, at.step, world)
             if ema is not None:
-                ema.update(task.module, step)
-            step += 1
-            last = step == config.steps
-            seconds = time.perf_counter() - start
-            if step % config.log_every == 0 or last:
-                rate = (step - first) * config.batch_size / seconds
-                figures = {k: round(float(v.detach()), 5) for k, v in losses.items()}
-                record = {"step": step, **figures, "images_per_s": round(rate, 1)}
+                ema.update(task.module, at.step)
+            at.step += 1
+            last = at.step == config.steps
+            every = (config.log_every, config.val_every, config.checkpoint_every)
+            due = [last or at.step % n == 0 for n in every]
+            if due[0]:
+                seconds = time.perf_counter() - start
+                rate = (at.step - first) * config.batch_size / seconds
+                figures = {
+                    k: round(float(parallel.total(world, v.detach())), 5) for k, v in losses.items()
+                }
+                record = {"step": at.step, **figures, "images_per_s": round(rate, 1)}
                 log.write(json.dumps(record) + "\n")
-                left = (config.steps - step) * config.batch_size / rate / 60
+                curves.log({**figures, "images_per_s": rate}, at.step)
+                left = (config.steps - at.step) * config.batch_size / rate / 60
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
-                echo(f"{step}/{config.steps}  {shown}  {rate:.1f} images/s  {left:.1f} min left")
-            if step % config.val_every == 0 or last:
+                echo(f"{at.step}/{config.steps}  {shown}  {rate:.1f} images/s  {left:.1f} min left")
+            if due[1] and world.first:
                 figures = _validate(task, ema)
-                log.write(json.dumps({"step": step, "val": figures}) + "\n")
+                log.write(json.dumps({"step": at.step, "val": figures}) + "\n")
+                curves.log({f"val/{k}": v for k, v in figures.items()}, at.step)
                 echo("  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-                if figures["score"] > best:
-                    best = figures["score"]
+                if figures["score"] > at.best:
+                    at.best = figures["score"]
                     history: dict[str, Any] = {
-                        "step": step,
-                        "images_seen": step * config.batch_size,
+                        "step": at.step,
+                        "images_seen": at.step * config.batch_size,
                         "seconds": round(spent + time.perf_counter() - start),
                         "validation": {k: round(v, 4) for k, v in figures.items()},
                         **described,
                     }
-                    known = {**(facts or {}), "training": history}
+                    known = {**facts, "training": history}
                     _with_weights(task, ema, partial(task.save, out / "best", known))
-            if step % config.checkpoint_every == 0 or last:
-                seconds = spent + time.perf_counter() - start
-                _checkpoint(out, task, optimizers, ema, described, step, best, seconds)
-    if best == -math.inf:
+            if due[2] and world.first:
+                at.seconds = spent + time.perf_counter() - start
+                checkpoint.save(out, task, optimizers, shadow, described, at)
+    curves.close()
+    if world.first and at.best == -math.inf:
         raise ValueError("no validation gave a score, so no model was saved")
     return out / "best"
 
 
-def _step(task: Task, config: LoopConfig, optimizers, peaks, step: int) -> dict[str, Tensor]:
-    """One update of the weights; returns the losses."""
-    generator = step_generator(config.seed, step)
+def _step(
+    task: Task, config: LoopConfig, optimizers, peaks, step: int, world: World
+) -> dict[str, Tensor]:
+    """One update of the weights; returns this process's share of the losses."""
     rows = batch_rows(task.size(), config.batch_size, config.seed, step)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        losses = task.loss(rows, generator, step)
-    if not bool(torch.isfinite(losses["loss"])):
+    slices = list(rows.tensor_split(config.accumulate))
+    if not all(len(s) for s in slices):
+        raise ValueError(f"{len(rows)} photos cannot be cut into {config.accumulate} slices")
+    mine = range(world.rank, len(slices), world.size)
+    if ahead := getattr(task, "prefetch", None):
+        for i in mine:
+            ahead(slices[i])
+        soon = batch_rows(task.size(), config.batch_size, config.seed, step + 1)
+        for i in mine:
+            ahead(soon.tensor_split(config.accumulate)[i])
+    losses: dict[str, Tensor] = {}
+    for i in mine:
+        generator = slice_generator(config.seed, step, i)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            found = task.loss(slices[i], generator, step)
+        share = len(slices[i]) / len(rows)
+        (share * found["loss"]).backward()
+        for key, value in found.items():
+            losses[key] = losses.get(key, 0) + share * value.detach()
+    if not bool(torch.isfinite(parallel.total(world, losses["loss"]))):
         raise ValueError(f"the loss is not finite in step {step}: lower the learning rate")
-    losses["loss"].backward()
+    parallel.average_gradients(world, task.module.parameters())
+    parallel.average_buffers(world, task.module)
     if config.clip_grad:
         nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
     factor = learning_rate(config, step)
@@ -219,86 +298,6 @@ def _with_weights(task: Task, ema: Ema | None, call):
         return call()
     finally:
         task.module.load_state_dict(kept)
-
-
-def _checkpoint(out, task, optimizers, ema, described, step, best, seconds) -> None:
-    state = {
-        "step": step,
-        "best": best,
-        "seconds": seconds,
-        "config": json.dumps(described, sort_keys=True),
-        "module": task.module.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "ema": ema.shadow if ema is not None else None,
-    }
-    unfinished = out / f"last.ckpt.{os.getpid()}.partial"
-    with open(unfinished, "wb") as handle:
-        torch.save(state, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(unfinished, out / "last.ckpt")
-
-
-def _resume(out, task, optimizers, ema, described) -> tuple[int, float, float]:
-    for stale in out.glob("last.ckpt.*.partial"):
-        stale.unlink()
-    for stale in (out / "best").glob(".writing-*"):
-        shutil.rmtree(stale)
-    path = out / "last.ckpt"
-    if not path.is_file():
-        (out / "log.jsonl").unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        return 0, -math.inf, 0.0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(state["config"])
-    except Exception as error:  # the unpickler raises a dozen unrelated kinds
-        raise ValueError(f"{path} is damaged: delete it to start {out} afresh") from error
-    if change := _difference(saved, described, {"loop": LoopConfig(), "task": task.config}):
-        raise ValueError(
-            f"{out} holds a run with other settings ({change}): "
-            "continue it with the same settings or choose another --out"
-        )
-    try:
-        task.module.load_state_dict(state["module"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-    except (RuntimeError, ValueError) as error:  # equal settings, but of another kind
-        raise ValueError(f"{out} holds a run of another model: choose another --out") from error
-    if ema is not None:
-        ema.shadow = state["ema"]
-    _trim_log(out / "log.jsonl", state["step"])
-    return state["step"], state["best"], state["seconds"]
-
-
-def _difference(saved: dict, described: dict, configs: dict[str, Any]) -> str:
-    """The first setting that differs, in words. A setting that did not exist had its default."""
-    for table, settings in described.items():
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-            for f in fields(configs[table])
-        }
-        for key, now in settings.items():
-            then = saved[table].get(key, defaults[key])
-            if then != now:
-                return f"{table}.{key} was {then!r}, now {now!r}"
-    return ""
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop lines of steps that will be run again, and a torn last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    trimmed = path.with_suffix(".partial")
-    trimmed.write_text("".join(line + "\n" for line in kept))
-    os.replace(trimmed, path)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 
-from pair.data.pack import Pack
+from pair.data.pack import INDEX, Collection, Pack
+from pair.data.photos import Photos
+from pair.data.sets import SOURCES, load
+from pair.data.sets.base import read_index
 from pair.generator import GeneratorConfig
 from pair.training.adversarial import AdversarialTraining, AtTask, HardnessTraining, HmTask
+from pair.training.clip_paper import ClipPaperTask, ClipRecipe
 from pair.training.csq_paper import CsqPaperTask, CsqRecipe
 from pair.training.denoiser import ArnTask, CafdTask, DenoiserTraining
 from pair.training.detector import DetectorTraining, PatchZeroTask, SacTask
 from pair.training.generator import GeneratorTask, GeneratorTraining
 from pair.training.loop import LoopConfig, Task, train
+from pair.training.parallel import join, leave
+from pair.training.start import NOTICE
 from pair.training.targets import ClipTask, CsqTask, TargetTraining
 
 T = TypeVar("T")
@@ -26,6 +33,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "clip": (TargetTraining, ClipTask),
     "csq": (TargetTraining, CsqTask),
     "csq-paper": (CsqRecipe, CsqPaperTask),
+    "clip-paper": (ClipRecipe, ClipPaperTask),
     "sac": (DetectorTraining, SacTask),
     "patchzero": (DetectorTraining, PatchZeroTask),
     "at": (AdversarialTraining, AtTask),
@@ -67,14 +75,25 @@ def typed(cls: type[T], data: dict[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {error}") from error
 
 
-def read_recipe(path: Path, kind: str) -> tuple[LoopConfig, Any]:
-    """The tables ``[loop]`` and ``[task]`` of a recipe."""
-    if not path.is_file():
-        raise ValueError(f"no recipe {path}: name a TOML file such as configs/small/{kind}.toml")
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+def read_recipe(
+    path: Path | None, kind: str, changes: Sequence[str] = ()
+) -> tuple[LoopConfig, Any]:
+    """The tables ``[loop]`` and ``[task]`` of a recipe; without one, all defaults.
+
+    ``changes`` such as ``loop.accumulate=4`` or ``task.init="mine"`` overrule the recipe.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(
+                f"no recipe {path}: name a TOML file such as configs/small/{kind}.toml"
+            )
+        try:
+            data = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for change in changes:
+        _change(data, change)
     if extra := data.keys() - {"loop", "task"}:
         raise ValueError(f"{path}: unknown table [{sorted(extra)[0]}]; known: [loop], [task]")
     if isinstance(data.get("loop"), dict) and "lr" in data["loop"]:
@@ -88,12 +107,93 @@ def read_recipe(path: Path, kind: str) -> tuple[LoopConfig, Any]:
     return loop, typed(KINDS[kind][0], settings, f"{path} [task]")
 
 
-def run(kind: str, recipe: Path, data: Path, out: Path, threads: int = 1, echo=print) -> Path:
-    """Train ``kind`` by ``recipe`` on the pack ``data``; resumes what ``out`` holds."""
+def _change(data: dict[str, Any], change: str) -> None:
+    """Put ``table.key=value`` into a recipe; the value as in TOML, or a bare word."""
+    name, equals, text = change.partition("=")
+    table, _, key = name.strip().partition(".")
+    if not equals or table not in ("loop", "task") or not key:
+        raise ValueError(f"--set {change}: write loop.KEY=VALUE or task.KEY=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    where = data.setdefault(table, {})
+    if not isinstance(where, dict):
+        raise ValueError(f"[{table}] must be a table, got {where!r}")
+    *groups, last = key.split(".")
+    for group in groups:
+        where = where.setdefault(group, {})
+    where[last] = value
+
+
+def open_photos(
+    names: Sequence[str | Path], side: int | None = None, workers: int = 0
+) -> Collection:
+    """What ``--data`` names: one pack, or data sets to be decoded on the way.
+
+    A data set is ``NAME:ROOT`` or ``NAME/PROTOCOL:ROOT`` (see ``pair data``), an index file, or
+    simply a folder of pictures.
+    """
+    if len(names) == 1 and (Path(names[0]) / INDEX).is_file():
+        return Pack.open(names[0])
+    found = []
+    for name in map(str, names):
+        kind, colon, root = name.partition(":")
+        if colon and kind.partition("/")[0] in SOURCES:
+            source, _, protocol = kind.partition("/")
+            found.append(load(source, root, protocol or None))
+        elif name.endswith(".jsonl"):
+            found.append(read_index(Path(name)))
+        elif (Path(name) / INDEX).is_file():
+            raise ValueError(f"{name} is a pack: packs cannot be mixed with other photos")
+        elif not Path(name).is_dir() or side is None:
+            raise ValueError(
+                f"{name} holds no finished pack: run 'pair data pack' first, or name a data set "
+                f"as NAME:FOLDER with NAME one of {', '.join(SOURCES)}"
+            )
+        else:
+            found.append(load("folder", name))
+    if side is None:
+        raise ValueError("this training reads a pack: make one with 'pair data pack'")
+    return Photos(found, side, workers)
+
+
+def run(
+    kind: str,
+    recipe: Path | None,
+    data: Path | Sequence[str | Path],
+    out: Path,
+    threads: int = 1,
+    echo=print,
+    *,
+    changes: Sequence[str] = (),
+    workers: int = 0,
+    device: str = "cpu",
+    track: str = "none",
+) -> Path:
+    """Train ``kind`` by ``recipe`` on ``data``; resumes what ``out`` holds.
+
+    Under ``torchrun`` all processes work on one batch; see :mod:`pair.training.parallel`.
+    """
     if kind not in KINDS:
         raise ValueError(f"cannot train {kind!r}: use one of {', '.join(KINDS)}")
     torch.set_num_threads(threads)
-    loop, settings = read_recipe(recipe, kind)
+    loop, settings = read_recipe(recipe, kind, changes)
+    names = [data] if isinstance(data, str | Path) else list(data)
+    photos = open_photos(names, getattr(settings, "photo_side", None), workers)
     torch.manual_seed(loop.seed)  # initial weights
-    task: Task = KINDS[kind][1](settings, Pack.open(data))
-    return train(task, loop, out, {"recipe": recipe.name}, echo)
+    task: Task = KINDS[kind][1](settings, photos)
+    world = join(device)
+    try:
+        if world.device.type != "cpu":
+            if not hasattr(task, "to"):
+                raise ValueError(f"{kind} trains on the CPU only: leave --device out")
+            task.to(world.device)
+        if getattr(task, "licence", "").startswith("CC BY-NC") and world.first:
+            echo(f"note: {NOTICE}")
+        inputs = {"photos": photos.fingerprint(), **getattr(task, "inputs", dict)()}
+        facts = {"recipe": recipe.name if recipe else ""}
+        return train(task, loop, out, facts, echo, world=world, inputs=inputs, track=track)
+    finally:
+        photos.close()
+        leave(world)

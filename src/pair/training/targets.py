@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pair import hub
-from pair.data.pack import Pack
+from pair.data.pack import Collection
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.retrieval.clip import ClipConfig, SmallClip, build_vocabulary
 from pair.retrieval.hashing import HashConfig, HashNet, binarise, csq_loss
@@ -55,7 +55,7 @@ class TargetTraining:
 class _Labelled:
     """Photos with a class name, sampled by class balance."""
 
-    def __init__(self, config: TargetTraining, pack: Pack):
+    def __init__(self, config: TargetTraining, pack: Collection):
         self.pack = pack
         self.rows = pack.where(lambda label, data, split: split == "train" and label != "")
         self.classes = sorted({pack.labels[i] for i in self.rows.tolist()})
@@ -96,14 +96,14 @@ class _Labelled:
         return torch.tensor(kept, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
 
 
-def _encode(encode, pack: Pack, rows: Tensor, size: int) -> Tensor:
+def _encode(encode, pack: Collection, rows: Tensor, size: int) -> Tensor:
     return torch.cat([encode(pack.batch(r, size)) for r in rows.split(64)])
 
 
 class ClipTask:
     """Contrastive training on class sentences. See :class:`pair.training.loop.Task`."""
 
-    def __init__(self, config: TargetTraining, pack: Pack):
+    def __init__(self, config: TargetTraining, pack: Collection):
         self.config = config
         self.data = _Labelled(config, pack)
         texts = sentences(self.data.classes, TRAIN_TEMPLATES)
@@ -190,7 +190,7 @@ def _start(net: HashNet, name: str) -> None:
 class CsqTask:
     """Central similarity hashing. See :class:`pair.training.loop.Task`."""
 
-    def __init__(self, config: TargetTraining, pack: Pack):
+    def __init__(self, config: TargetTraining, pack: Collection):
         self.config = config
         self.data = _Labelled(config, pack)
         model = HashConfig(

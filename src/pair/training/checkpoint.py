@@ -1,0 +1,164 @@
+"""The folder of a run: one training at a time, a checkpoint by rename, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no advisory locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
+LAST, LOG, CONFIG = "last.ckpt", "log.jsonl", "config.json"
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder ``out`` for this process; refuse where another training holds it.
+
+    The lock is on the folder itself, so it leaves no file behind and dies with the process.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:  # pragma: no cover
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another training is writing to {out}: wait for it, stop it, or choose "
+                "another --out"
+            ) from error
+        except OSError:  # some network file systems have no locks; go on without
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    best: float = -math.inf
+    seconds: float = 0.0
+
+
+def save(
+    out: Path,
+    task: Any,
+    optimizers: list[torch.optim.Optimizer],
+    shadow: dict[str, Tensor] | None,
+    described: dict[str, Any],
+    at: Progress,
+) -> None:
+    """Write the checkpoint; a kill at any moment leaves the old one or the new one."""
+    state = {
+        "step": at.step,
+        "best": at.best,
+        "seconds": at.seconds,
+        "config": json.dumps(described, sort_keys=True),
+        "module": task.module.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "ema": shadow,
+    }
+    unfinished = out / f"{LAST}.{os.getpid()}.partial"
+    with open(unfinished, "wb") as handle:
+        torch.save(state, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(unfinished, out / LAST)
+
+
+def sweep(out: Path, described: dict[str, Any]) -> None:
+    """Remove what a kill left behind; begin a new log where there is no checkpoint."""
+    for stale in out.glob(f"{LAST}.*.partial"):
+        stale.unlink()
+    for stale in [*out.glob(".best.writing-*"), *(out / "best").glob(".writing-*")]:
+        shutil.rmtree(stale)
+    if not (out / LAST).is_file():
+        (out / LOG).unlink(missing_ok=True)
+        (out / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+
+
+def load(
+    out: Path,
+    task: Any,
+    optimizers: list[torch.optim.Optimizer],
+    shadow: dict[str, Tensor] | None,
+    described: dict[str, Any],
+    configs: dict[str, Any],
+) -> Progress:
+    """Put the state of the last checkpoint in place; refuses one of another training."""
+    path = out / LAST
+    if not path.is_file():
+        return Progress()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(state["config"])
+    except Exception as error:  # the unpickler raises a dozen unrelated kinds
+        raise ValueError(f"{path} is damaged: delete it to start {out} afresh") from error
+    if change := difference(saved, described, configs):
+        raise ValueError(
+            f"{out} holds a run with other settings ({change}): "
+            "continue it with the same settings or choose another --out"
+        )
+    try:
+        task.module.load_state_dict(state["module"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+    except (RuntimeError, ValueError) as error:  # equal settings, but of another kind
+        raise ValueError(f"{out} holds a run of another model: choose another --out") from error
+    if shadow is not None:
+        for key, value in state["ema"].items():
+            shadow[key].copy_(value)
+    return Progress(state["step"], state["best"], state["seconds"])
+
+
+def difference(saved: dict, described: dict, configs: dict[str, Any]) -> str:
+    """The first setting that differs, in words. A setting that did not exist had its default."""
+    for table, config in configs.items():
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+            for f in fields(config)
+        }
+        for key, now in described[table].items():
+            then = saved[table].get(key, defaults[key])
+            if then != now:
+                return f"{table}.{key} was {then!r}, now {now!r}"
+    # What the settings name may have changed behind the name. Older runs did not write it down.
+    for key, now in described.get("inputs", {}).items():
+        then = saved.get("inputs", {}).get(key, now)
+        if then != now:
+            return f"its {key} had the SHA-256 {then[:12]}..., now {now[:12]}..."
+    return ""
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop lines of steps that will be run again, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    trimmed = path.with_suffix(".partial")
+    trimmed.write_text("".join(line + "\n" for line in kept), "utf-8")
+    os.replace(trimmed, path)
