@@ -188,8 +188,8 @@ def leaderboard(out: Path) -> dict[str, Any] | None:
     rows = [[entry[k] for k in keys] for entry in entries]
     note = (
         f"Text search, scale {own[0]['table']['scale']}: sorted by the irrelevant R@10 of the "
-        "worst attack per keyword. † a sanity check of the attack failed: the true value may be higher. "
-        "Rows that failed to run are left out."
+        "worst attack per keyword. † a sanity check of the attack failed: the true value may be "
+        "higher. Rows that failed to run are left out."
     )
     return {"columns": columns, "rows": rows, "note": note}
 

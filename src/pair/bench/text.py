@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import asdict
 from typing import Any
@@ -145,6 +146,28 @@ def adaptive_patch(
     return kept, notes, (start, victim, goal)
 
 
+def own_patch(
+    bench: Bench, row: Row, unit: str, victim: Adaptive, goal: Goal, start: Patch
+) -> Patch:
+    """The patch of an attack from elsewhere, ``attack = { function = "package.module:name" }``.
+
+    It is called as ``function(features, images, goal, patch, steps=, generator=)`` and returns a
+    :class:`Patch`.
+    """
+    path = str(row.attack["function"])
+    module, _, name = path.partition(":")
+    try:
+        attack = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"attack {path!r} cannot be imported: {error}") from error
+    s = bench.settings_of(row)
+    made = attack(
+        victim.features, bench.text.ads.to(s.device), goal, start, steps=s.steps,
+        generator=torch.Generator().manual_seed(seed_of("optimise", s.seed, unit, 1)),
+    )  # fmt: skip
+    return made.to("cpu").quantised()
+
+
 def static_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, Any]]:
     """The paper's non-adaptive attack: TTH as published, against the encoder without defense.
 
@@ -243,6 +266,8 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         start, victim, goal = found
         patches = {"gradient": best, **patches, **still_patches(bench, row, unit, start)}
         details["gradient"] = notes
+        if "function" in row.attack:
+            patches["own"] = own_patch(bench, row, unit, victim, goal, start)
         if row.patches:
             patches["submitted"] = Patch.load(f"{row.patches}/{unit}").fit(s.image_size)
         if s.checks:
