@@ -124,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     purifier = Purifier.from_pretrained("pair-small").requires_grad_(False).to(options.device)
-    purifier.straight_through = True
+    purifier = purifier.differentiable()
     clip = SmallClip.from_pretrained("clip-small").to(options.device)
     features = pipeline(clip, purifier)
     cells = []

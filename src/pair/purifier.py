@@ -51,8 +51,8 @@ class Purifier(nn.Module):
     11-12); ``output="paste"`` takes each token from the pass in which it was hidden. In both, no
     original pixel survives. With ``passes=1`` and "paste", visible originals are kept.
 
-    ``straight_through`` passes gradients through the final clamp (for attacks; the values are
-    the same).
+    ``straight_through`` passes gradients through the final clamp, for attacks; the values are
+    the same (:meth:`differentiable` makes such a twin).
 
     Raises ``ValueError`` on anything that is not (B, 3, H, W) floats in [0, 1].
     """
@@ -66,6 +66,7 @@ class Purifier(nn.Module):
         encoder: str = "drop",
         output: str = "decoder",
         restore_size: bool = False,
+        straight_through: bool = False,
     ):
         super().__init__()
         if passes not in (1, 2):
@@ -80,7 +81,7 @@ class Purifier(nn.Module):
             raise ValueError("with no mask the second pass would see nothing: use passes=1")
         self.passes, self.encoder, self.output = passes, encoder, output
         self.restore_size = restore_size
-        self.straight_through = False
+        self.straight_through = straight_through
 
     @property
     def image_size(self) -> int:
@@ -92,6 +93,19 @@ class Purifier(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rule}, passes={self.passes}, encoder={self.encoder}, output={self.output}"
+
+    def differentiable(self) -> Purifier:
+        """The same purifier for an attacker: shared weights, and the clamp passes gradients."""
+        twin = type(self)(
+            self.autoencoder,
+            self.rule,
+            passes=self.passes,
+            encoder=self.encoder,
+            output=self.output,
+            restore_size=self.restore_size,
+            straight_through=True,
+        )
+        return twin.train(self.training)
 
     def draw_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Fresh masks (B, N), True = visible in the first pass."""

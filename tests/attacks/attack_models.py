@@ -54,9 +54,9 @@ def purifier(rule=None, passes: int = 2, seed: int = 0, dtype=torch.float32) -> 
     for name, p in model.named_parameters():  # outputs that depend on what is visible
         if "decoder_pred" not in name and p.ndim > 1:
             p.data.mul_(2)
-    out = Purifier(model, rule or ExactCount(0.5), passes=passes).eval().requires_grad_(False)
-    out.straight_through = True
-    return out.to(dtype)
+    rule = rule or ExactCount(0.5)
+    out = Purifier(model, rule, passes=passes, straight_through=True)
+    return out.eval().requires_grad_(False).to(dtype)
 
 
 def photos(n: int = 4, seed: int = 1, dtype=torch.float32) -> torch.Tensor:

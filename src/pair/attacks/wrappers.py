@@ -254,7 +254,7 @@ def adaptive(encoder: Any, defense: Any, fooling_weight: float = 1.0) -> Adaptiv
     from pair.purifier import Purifier
 
     if isinstance(defense, Purifier):
-        defense.straight_through = True  # the final clamp must not stop gradients
+        defense = defense.differentiable()  # the final clamp must not stop gradients
         samples = 7 if defense.random else 1  # h_adv of PAIR, section 5.1
         kind = "eot" if defense.random else "exact"
         return Adaptive(pipeline(encoder, defense), samples, None, kind)

@@ -37,8 +37,9 @@ class MaeDefense(Defense):
         if mask not in ("random", "grid"):
             raise ValueError(f"mask must be 'random' or 'grid', got {mask!r}")
         rule: MaskRule = ExactCount(ratio) if mask == "random" else FixedPattern("checkerboard")
-        self.purifier = Purifier(generator, rule, passes=1, encoder=encoder, output="paste")
-        self.purifier.straight_through = True
+        self.purifier = Purifier(
+            generator, rule, passes=1, encoder=encoder, output="paste", straight_through=True
+        )
         self.weight, self.random = weight, self.purifier.random
 
     def defend(self, images, generator, join):

@@ -30,9 +30,14 @@ class Pair(Defense):
     ):
         super().__init__()
         self.purifier = Purifier(
-            generator, rule, passes=passes, encoder=encoder, output=output, restore_size=True
+            generator,
+            rule,
+            passes=passes,
+            encoder=encoder,
+            output=output,
+            restore_size=True,
+            straight_through=True,
         )
-        self.purifier.straight_through = True
         self.random = self.purifier.random
 
     def defend(self, images, generator, join):
