@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,54 @@ def test_a_failed_save_leaves_the_old_model(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(hub, "_exchange", lambda a, b: False)
     with pytest.raises(OSError, match="No space"):
         hub.save(folder, Small(), {"kind": "small"})
     monkeypatch.setattr(os, "replace", real)
     assert torch.equal(load(folder).layer.weight, before)
     assert {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS}
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # and nothing beside it
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_reader_never_sees_half_of_a_model(folder, monkeypatch, exchange):
+    """Weights and config change together, with the single step and (one process) without."""
+    if not exchange:
+        monkeypatch.setattr(hub, "_exchange", lambda a, b: False)
+    (folder / "README.md").write_text("a card")
+    for value in range(5):
+        module = Small()
+        nn.init.constant_(module.layer.bias, float(value))
+        hub.save(folder, module, {"kind": "small", "value": value})
+        assert hub.read_config(folder, "small")["value"] == value
+        assert load(folder).layer.bias.tolist() == [value, value]
+    assert {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_folder_changes_places_in_one_step_on_linux(tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("only Linux has the call")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    assert hub._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "b").is_file() and (tmp_path / "b" / "a").is_file()
+    assert not hub._exchange(tmp_path / "a", tmp_path / "missing")
+
+
+def test_files_of_others_in_a_model_folder_stay(folder):
+    (folder / "notes.txt").write_text("mine")
+    hub.save(folder, Small(), {"kind": "small"}, card="new")
+    assert {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS, "README.md", "notes.txt"}
+    load(folder)
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write .*: Not a directory") as caught:
+        hub.save(tmp_path / "file" / "model", Small(), {"kind": "small"})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_save_killed_between_its_two_files_is_noticed(folder):

@@ -7,10 +7,12 @@ shipped name never touches the network. Pickle files are never read.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+from pair.files import explained
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 
 
@@ -165,25 +169,62 @@ def save(
     dtype: torch.dtype = torch.float32,
     card: str | None = None,
 ) -> Path:
-    """Write a model folder; every file appears whole or not at all."""
+    """Write a model folder, whole or not at all: the old model stays until the new one is there.
+
+    A folder that holds nothing but a model changes places with the new one in a single step where
+    the system can do that (Linux), else within two renames. In any other folder the files are
+    replaced one by one, weights before config, so that a kill in between shows in the checksum.
+    """
     tensors = {}
     for key, value in module.state_dict().items():
         stored = value.to(dtype) if value.is_floating_point() else value
         if not torch.equal(value.isfinite(), stored.isfinite()):
             raise ModelError(f"{key} has values that {dtype} cannot hold: save in another type")
         tensors[key] = stored.detach().cpu().contiguous()
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as scratch:
-        weights = Path(scratch) / WEIGHTS
-        save_file(tensors, weights)
-        record = {**config, "format": FORMAT, "sha256": sha256(weights)}
-        (Path(scratch) / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    out = Path(folder).resolve()
+    fresh = out.with_name(f".{out.name}.writing-{secrets.token_hex(6)}")
+    try:
+        fresh.mkdir(parents=True)
+        save_file(tensors, fresh / WEIGHTS)
+        record = {**config, "format": FORMAT, "sha256": sha256(fresh / WEIGHTS)}
+        (fresh / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if card is not None:
-            (Path(scratch) / "README.md").write_text(card, "utf-8")
-        for name in sorted(os.listdir(scratch), key=lambda n: n == CONFIG):  # config last
-            os.replace(Path(scratch) / name, out / name)
-    return out
+            (fresh / CARD).write_text(card, "utf-8")
+        _put(fresh, out)
+    except OSError as error:
+        raise explained(error, out) from error
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return Path(folder)
+
+
+def _put(fresh: Path, out: Path) -> None:
+    """Put the folder ``fresh`` in the place of ``out``."""
+    there = set(os.listdir(out)) if out.is_dir() else set()
+    if not out.exists():
+        os.replace(fresh, out)
+    elif there - {CONFIG, WEIGHTS, CARD} or os.path.ismount(out):
+        for name in (WEIGHTS, CARD, CONFIG):
+            if (fresh / name).is_file():
+                os.replace(fresh / name, out / name)
+    else:
+        if CARD in there and not (fresh / CARD).is_file():
+            shutil.copyfile(out / CARD, fresh / CARD)
+        shutil.copymode(out, fresh)
+        if not _exchange(fresh, out):
+            old = fresh.with_name(fresh.name + "-old")
+            os.replace(out, old)
+            os.replace(fresh, out)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, bytes(a), here, bytes(b), exchange) == 0
 
 
 def sha256(path: Path) -> str:

@@ -113,5 +113,24 @@ def test_save_and_load(tmp_path, clip):
     config = json.loads((tmp_path / "clip" / CONFIG).read_text())
     del config["model"]["backbone"]
     (tmp_path / "clip" / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="incomplete"):
+    with pytest.raises(ModelError, match="has no backbone in its model settings"):
         SmallClip.from_pretrained(tmp_path / "clip")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("text_heads"), "no text_heads in its model settings"),
+        (lambda m: m.update(colour=1), "unknown model setting 'colour'"),
+        (lambda m: m["backbone"].pop("width"), "no width in its backbone settings"),
+        (lambda m: m["backbone"].update(depth=3), "unknown backbone setting 'depth'"),
+    ],
+)
+def test_settings_are_neither_guessed_nor_ignored(change, message, tmp_path):
+    config = ClipConfig(24, 8, ResNetConfig((1, 1, 1, 1), 4), vocabulary=("<pad>", "<unknown>"))
+    SmallClip(config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    change(stored["model"])
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match=message):
+        SmallClip.from_pretrained(tmp_path)

@@ -123,8 +123,8 @@ def test_gradients_reach_the_generator_and_never_the_critic(pack, critic):
     trained.loss(rows, step_generator(0, 0), 0)["l_s"].backward()
     assert all(p.grad is not None for p in trained.module.parameters())
     assert trained.critic is not None
-    assert all(p.grad is None and not p.requires_grad for p in trained.critic.parameters())
-    assert not trained.critic.training
+    assert all(p.grad is None and not p.requires_grad for p in trained.critic.module.parameters())
+    assert not trained.critic.module.training
 
 
 def test_only_training_photos_are_trained_on(pack):

@@ -26,7 +26,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run continues.")],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="TOML recipe with the tables [loop] and [task]; default: all defaults."),
+        typer.Option(help="TOML recipe with the tables loop and task; without one, all defaults."),
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Start from this model (overrules the recipe).")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -117,10 +117,9 @@ class SmallClip(nn.Module):
     def from_pretrained(cls, name: str | os.PathLike[str] = "clip-small") -> SmallClip:
         folder = hub.resolve(name)
         config = hub.read_config(folder, "clip")
-        try:
-            model = cls(ClipConfig.from_dict(config["model"]))
-        except (KeyError, TypeError) as error:
-            raise hub.ModelError(f"{folder / hub.CONFIG} is incomplete: {error}") from error
+        table = hub.section(config, "model", [f.name for f in fields(ClipConfig)], folder)
+        hub.section(table, "backbone", [f.name for f in fields(ResNetConfig)], folder)
+        model = cls(ClipConfig.from_dict(table))
         hub.load_into(model, hub.read_weights(folder, config), str(folder))
         return model.eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -162,10 +162,10 @@ class HashNet(nn.Module):
     def from_pretrained(cls, name: str | os.PathLike[str] = "csq-small") -> HashNet:
         folder = hub.resolve(name)
         config = hub.read_config(folder, "csq")
-        try:
-            model = cls(HashConfig.from_dict(config["model"]))
-        except (KeyError, TypeError) as error:
-            raise hub.ModelError(f"{folder / hub.CONFIG} is incomplete: {error}") from error
+        table = hub.section(config, "model", [f.name for f in fields(HashConfig)], folder)
+        if not isinstance(table["backbone"], str):
+            hub.section(table, "backbone", [f.name for f in fields(ResNetConfig)], folder)
+        model = cls(HashConfig.from_dict(table))
         hub.load_into(model, hub.read_weights(folder, config), str(folder))
         return model.eval().requires_grad_(False)
 
