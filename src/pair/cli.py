@@ -9,6 +9,7 @@ import typer
 from pair import __version__
 from pair.commands import (
     attack,
+    audit,
     bench,
     certified,
     certify,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.add_typer(attack.app, name="attack")
+app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
 app.command("bench-certified")(certified.bench)
 app.command("certify")(certify.certify)

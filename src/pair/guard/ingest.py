@@ -217,7 +217,7 @@ def settle(meta: dict[str, Any], fields: dict[str, str]) -> tuple[dict[str, Any]
             continue
         try:
             out[name] = _convert(value, kind)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             return out, f"the metadata {name} should be of type {kind}, got {str(value)[:40]!r}"
     return out, ""
 
