@@ -5,6 +5,8 @@ Photos are drawn so that a class can be told from its colours, which a few steps
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,23 @@ def pack_folder(photo_root, tmp_path_factory) -> Path:
 @pytest.fixture
 def pack(pack_folder) -> Pack:
     return Pack.open(pack_folder)
+
+
+@pytest.fixture(scope="session")
+def miniature_script():
+    """The module scripts/miniature.py."""
+    path = Path(__file__).resolve().parent.parent / "scripts" / "miniature.py"
+    spec = importlib.util.spec_from_file_location("miniature", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def miniatures(miniature_script, tmp_path_factory) -> Path:
+    """A folder with a miniature of every data set that can be made here."""
+    root = tmp_path_factory.mktemp("miniatures")
+    for name, (_, make) in miniature_script.ALL.items():
+        with contextlib.suppress(ImportError):  # Hugging Face's needs the library datasets
+            make(root / name)
+    return root

@@ -1,4 +1,4 @@
-"""``pair models``: what ships, what a model folder holds, publish a trained one."""
+"""``pair models``: what ships, what a folder holds; fetch, convert and publish weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Model folders: list, show, publish.")
+app = typer.Typer(no_args_is_help=True, help="Model folders: list, show, fetch, convert, publish.")
 
 
 @app.command("list")
@@ -41,6 +41,39 @@ def show(name: Annotated[str, typer.Argument(help="Shipped name or folder.")]) -
         options = {key: facts["purifier"][key] for key in ("encoder", "output")}
         facts["work"] = summary(GeneratorConfig(**facts["model"]), **options)
     typer.echo(json.dumps(facts, indent=2))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Repository: org/name or org/name@revision.")],
+    out: Annotated[Path, typer.Option(help="Folder to copy the weights to.")],
+) -> None:
+    """Fetch weights from the Hugging Face hub, with their SHA-256 and licence written down.
+
+    Everything else in this program then takes the folder, and needs no network.
+    """
+    from pair.training.weights import fetch as fetched
+
+    record = fetched(name, out)
+    typer.echo(f"{out}: licence {record['licence']}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or repository of transformers' ViTMAE, or Meta's mae_visualize_*.pth."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+) -> None:
+    """Turn a public masked autoencoder into a generator folder for 'pair purify --model'."""
+    from pair.training.weights import convert as converted
+
+    facts = converted(source, out)
+    typer.echo(f"{out}: generator from {source}, SHA-256 {facts['source_sha256']}")
+    typer.echo(f"licence: {facts['licence']}")
 
 
 @app.command()
