@@ -203,24 +203,28 @@ class LanceStore:
         return _matrix(table[column])
 
     def optimise(self, approximate_from: int) -> None:
+        from lancedb import index
+
         with _plain_errors(self.place, "optimise"):
             self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
             total = self.table.count_rows()
             indexed = {c for i in self.table.list_indices() for c in i.columns}
             if "id" not in indexed and total >= PARTITION:
-                self.table.create_scalar_index("id", index_type="BTREE")
+                self.table.create_index("id", config=index.BTree())
             if total < max(approximate_from, 256):
                 return
             for column, (kind, size) in self.layout.columns().items():
                 if column in indexed:
                     continue
-                options: dict[str, Any] = {"num_partitions": max(1, total // PARTITION)}
-                if kind == "bits":
-                    options |= {"metric": "hamming", "index_type": "IVF_FLAT"}
-                else:
-                    options |= {"metric": "cosine", "index_type": "IVF_PQ"}
-                    options["num_sub_vectors"] = _divisor(size, size // 4)
-                self.table.create_index(vector_column_name=column, **options)
+                cells = max(1, total // PARTITION)
+                config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
+                if kind == "float":
+                    config = index.IvfPq(
+                        distance_type="cosine",
+                        num_partitions=cells,
+                        num_sub_vectors=_divisor(size, size // 4),
+                    )
+                self.table.create_index(column, config=config)
 
     def stats(self) -> dict[str, Any]:
         indexes = {}
