@@ -160,6 +160,7 @@ def build(service: Service) -> FastAPI:
         description="Image search that stays honest under adversarial patches.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat the Host that a client claims
         lifespan=lifespan,
     )
 

@@ -67,7 +67,7 @@ def _tiff(data: bytes, stop: int) -> int:
     pointer, entry, number = ("Q", 20, "Q") if big else ("I", 12, "H")
     (at,) = struct.unpack_from(order + pointer, data, 8 if big else 4)
     count = 0
-    while at and count < stop:  # a circle of directories ends at the limit
+    while 0 < at < len(data) and count < stop:  # a circle of directories ends at the limit
         try:
             (entries,) = struct.unpack_from(order + number, data, at)
             after = at + struct.calcsize(number) + entry * entries

@@ -75,6 +75,8 @@ class Gate:
         work, admitted = visit.path in WORK, False
         body: _Body | None = None
         try:
+            if scope["http_version"] not in ("1.0", "1.1"):
+                raise Problem(505, "http", "this service speaks HTTP/1.1")
             self._authorise(visit, headers)
             body = _Body(self, visit, receive, answer, headers, counted=work)
             if work:

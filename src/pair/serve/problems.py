@@ -41,7 +41,9 @@ STATUSES = {
     422: "a picture that cannot be used (damaged, cut off, too many pixels or frames), or a "
     "parameter out of range",
     429: "too many requests of this key at a time; come back after Retry-After seconds",
+    431: "the head of the request is larger than allowed",
     500: "a fault of the service; the log has it under the request's id",
     503: "the service is full, not ready or stopping; come back after Retry-After seconds",
     504: "no answer within the time limit; the work was dropped",
+    505: "another version of HTTP than 1.1",
 }

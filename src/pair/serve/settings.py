@@ -77,12 +77,12 @@ class Keys:
                 pairs.append((name.strip(), key.strip()))
         where = KEYS_VARIABLE
         if path is not None:
-            where = os.fspath(path)
+            where, before = os.fspath(path), len(pairs)
             for line in Path(path).read_text("utf-8").splitlines():
                 if line.strip() and not line.lstrip().startswith("#"):
                     name, _, key = line.strip().partition(" ")
                     pairs.append((name, key.strip()))
-            if not pairs:
+            if len(pairs) == before:
                 raise ValueError(f"{where} holds no key: write a line 'name key' for each")
         digests: dict[str, bytes] = {}
         for name, key in pairs:
