@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pair import hub
+from pair.engine import Engines, choose
 from pair.generator import GeneratorConfig, MaskedAutoencoder, patchify
 from pair.images import check_images, resize
 from pair.masks import (
@@ -54,6 +55,10 @@ class Purifier(nn.Module):
     ``straight_through`` passes gradients through the final clamp, for attacks; the values are
     the same (:meth:`differentiable` makes such a twin).
 
+    ``backend="openvino"`` computes on the CPU by OpenVINO, with ``precision="int8"`` in 8 bits
+    (:mod:`pair.engine`); the default is torch. Gradients, and :meth:`steps`, always come from
+    torch in the precision of the weights; images that ask for gradients are refused in int8.
+
     Raises ``ValueError`` on anything that is not (B, 3, H, W) floats in [0, 1].
     """
 
@@ -67,8 +72,11 @@ class Purifier(nn.Module):
         output: str = "decoder",
         restore_size: bool = False,
         straight_through: bool = False,
+        backend: str = "auto",
+        precision: str = "fp32",
     ):
         super().__init__()
+        self.backend, self.precision = choose(backend, precision), precision
         if passes not in (1, 2):
             raise ValueError(f"passes must be 1 or 2, got {passes}")
         if encoder not in ("drop", "zero"):
@@ -82,6 +90,11 @@ class Purifier(nn.Module):
         self.passes, self.encoder, self.output = passes, encoder, output
         self.restore_size = restore_size
         self.straight_through = straight_through
+        self.engines: Engines | None = None
+        if self.backend == "openvino":
+            if (passes, encoder) != (2, "drop"):
+                raise ValueError("the backend 'openvino' needs two passes and encoder='drop'")
+            self.engines = Engines(generator, self.rule, output == "paste", precision)
 
     @property
     def image_size(self) -> int:
@@ -92,7 +105,8 @@ class Purifier(nn.Module):
         return self.rule.random
 
     def extra_repr(self) -> str:
-        return f"{self.rule}, passes={self.passes}, encoder={self.encoder}, output={self.output}"
+        text = f"{self.rule}, passes={self.passes}, encoder={self.encoder}, output={self.output}"
+        return text if self.engines is None else f"{text}, {self.backend} {self.precision}"
 
     def differentiable(self) -> Purifier:
         """The same purifier for an attacker: shared weights, and the clamp passes gradients."""
@@ -182,6 +196,11 @@ class Purifier(nn.Module):
         Nothing is computed for naught: the second pass sees only what the first had hidden, so
         only that is predicted in the first; and pasting needs half of the second.
         """
+        if self.engines is not None and not both:
+            if not (tokens.requires_grad and torch.is_grad_enabled()):
+                return [self.engines(tokens, mask)]
+            if self.precision != "fp32":
+                raise ValueError("int8 has no gradients: use the backend 'torch'")
         model = self.autoencoder
         seen = Selection.of(mask)
         states = model.states(seen.take(tokens), seen, self.encoder)
