@@ -51,7 +51,7 @@ class Models:
             return name
         try:
             folder = hub.resolve(self.where(name))
-        except hub.ModelError:
+        except ValueError:
             return "missing"
         config = json.loads((folder / hub.CONFIG).read_text("utf-8"))
         return str(config.get("sha256") or hub.sha256(folder / hub.WEIGHTS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pair.files import write_atomic
 from pair.retrieval.statistics import summarise
 
 Line = dict[str, Any]
+RESAMPLES = 1000
 
 
 @dataclass
@@ -148,8 +150,13 @@ def _alone(after: list, k: int, how: str) -> list[float]:
 
 def interval(values: list[float], groups: list[Any]) -> tuple[float, float, float]:
     """Mean over groups with its 95 % cluster-bootstrap interval, in percent."""
+    return _interval(tuple(values), tuple(groups))
+
+
+@lru_cache(maxsize=4096)  # a report shows the same value on several pages
+def _interval(values: tuple[float, ...], groups: tuple[Any, ...]) -> tuple[float, float, float]:
     clipped = torch.tensor(values, dtype=torch.float64).clamp(0, 1)
-    found = summarise(clipped, groups, seed=0).macro
+    found = summarise(clipped, groups, resamples=RESAMPLES, seed=0).macro
     return 100 * found.mean, 100 * found.low, 100 * found.high
 
 
