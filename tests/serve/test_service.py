@@ -202,3 +202,31 @@ def test_log_lines_hold_no_content(models, caplog):
     assert {r["route"] for r in records} == {"/embed", "other"}
     assert all(secret not in line for line in lines)
     assert records[0]["pictures"] == 1 and records[0]["status"] == 200
+
+
+def test_audit_says_what_the_auditor_says(models, url, tmp_path):
+    from pair.guard.audit import Auditor
+    from pair.guard.models import Models
+    from pair.masks import FixedPattern
+    from pair.purifier import Purifier
+
+    refused = httpx.post(f"{url}/audit", content=png(), headers={"content-type": "image/png"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "absent")
+    fixed = Purifier(models.purifier.autoencoder, FixedPattern("rows")).eval()  # one mask only
+    same = Models(encoder=models.encoder, purifier=fixed)
+    bank = ["red", "a green photo"]
+    wanted = Auditor(same, bank).examine(resize(load_image(png(1))[None], 32), [""])[0]
+    paths = [tmp_path / f"{n}.png" for n in range(10)]
+    for n, path in enumerate(paths):
+        path.write_bytes(png(100 + n))
+    engine = Engine(same)
+    with pytest.raises(ValueError, match="clean pictures"):
+        engine.audit_with(bank, paths[:2], 0.3)
+    engine.audit_with(bank, paths, 0.5)
+    with serving(Service(engine, threads=2)) as (address, _), Client(address) as client:
+        first, second = client.audit([png(1), png(100)])
+    assert first["query"] == wanted.query and first["window"] == pytest.approx(wanted.window)
+    for name, value in wanted.statistics.items():
+        assert first["statistics"][name] == pytest.approx(value, abs=1e-4)
+    assert np.allclose(first["heat"], wanted.heat, atol=1e-4)
+    assert 0 < second["p"] <= 1 and second["alarm"] == (second["p"] <= 0.5)

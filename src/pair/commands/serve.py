@@ -21,6 +21,13 @@ def serve(
     purifier: Annotated[
         str, typer.Option(help="Without a collection; '' for none.")
     ] = "pair-small",
+    bank: Annotated[
+        Path | None, typer.Option(help="Frequent queries, one a line: turns /audit on.")
+    ] = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="Folder of untouched photos: /audit can raise alarms.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="False alarms of /audit, as a share.")] = 0.01,
     keys: Annotated[
         Path | None, typer.Option(help="API keys, a line each: name key. See PAIR_API_KEYS too.")
     ] = None,
@@ -84,6 +91,10 @@ def serve(
     if threads is not None:
         torch.set_num_threads(threads)
     engine = Engine.load(collection, encoder or None, hasher or None, purifier or None, device)
+    if bank is not None:
+        queries = [line.strip() for line in bank.read_text("utf-8").splitlines() if line.strip()]
+        photos = [] if clean is None else sorted(p for p in clean.rglob("*") if p.is_file())
+        engine.audit_with(queries, photos, budget)
     service = Service(engine, limits=limits, keys=known, batch=batch, wait=wait_ms / 1000)
     if lab:
         from pair.serve.lab import mount

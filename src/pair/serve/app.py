@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from pair import __version__
 from pair.serve import schema
+from pair.serve.audits import HEURISTIC
 from pair.serve.batching import Batcher, Closed, Full
 from pair.serve.engine import FORMATS, Engine, Work, base64_text, encoded
 from pair.serve.gate import Gate
@@ -268,6 +269,22 @@ def build(service: Service) -> FastAPI:
             raise Problem(413, "batch", "a search takes one picture")
         (row,) = await service.rows(upload, what, purified)
         return await service.found(row, what, defend, k, where)
+
+    @app.post(
+        "/audit",
+        summary="Signs that pictures were tampered with",
+        response_class=Response,
+        responses={200: {"model": schema.Audits}, **schema.failures(*COMMON)},
+        openapi_extra=schema.picture_body(),
+    )
+    async def audit(request: Request) -> Response:
+        """How a picture reacts to purification and to hiding one window at a time. Heuristics: a
+        patch made with the audit in mind evades them."""
+        engine.need_examiner()
+        upload = await service.pictures(request)
+        views = await service.prepared(upload.pictures, "audit")
+        records = await service.compute(Work("audit"), views)
+        return compact({"pictures": records, "note": HEURISTIC})
 
     @app.get("/healthz", summary="Is it alive?", responses={200: {"model": schema.Health}})
     async def healthz() -> JSONResponse:

@@ -132,6 +132,10 @@ class Client:
         params = {name: value for name, value in settings.items() if value is not None}
         return self._post("/search/image", content=_bytes(picture), params=params).json()["hits"]
 
+    def audit(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+        """A record per picture: statistics, worst query, window, heat map, p and alarm."""
+        return self._post("/audit", files=_form(pictures)).json()["pictures"]
+
     def _rows(self, pictures: Sequence[Picture], what: str, purified: bool) -> list[Any]:
         params = {"what": what, "purified": str(purified).lower()}
         return self._post("/embed", files=_form(pictures), params=params).json()["rows"]

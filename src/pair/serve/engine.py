@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from pair.guard.collection import Collection, Hit
 from pair.guard.models import Models
 from pair.images import ImageError, decode, shrink, to_pil
 from pair.picture import Picture
+from pair.serve.audits import Examiner, SecretModels
 from pair.serve.frames import frames, kind
 from pair.serve.problems import Problem
-from pair.serve.secret import secret_generator
 from pair.serve.settings import Limits
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -29,8 +30,9 @@ KINDS = {"embedding": "vector_raw", "code": "code_raw"}
 class Work:
     """What a batch is about: everything in it is computed the same way.
 
-    ``what``: "purify" ((3, S, S) -> the same), "embedding" or "code" ((3, S, S) -> a row, of the
-    purified picture if ``purified``), "text" (a string -> a row).
+    ``what``: "purify" ((3, S, S) -> the same), "audit" ((3, S, S) -> a record), "embedding" or
+    "code" ((3, S, S) -> a row, of the purified picture if ``purified``), "text" (a string -> a
+    row).
     """
 
     what: str
@@ -43,8 +45,15 @@ class Work:
 class Engine:
     """Models and, if there is one, the collection that they made."""
 
-    def __init__(self, models: Models, collection: Collection | None = None):
-        self.models, self.collection = models, collection
+    def __init__(
+        self,
+        models: Models,
+        collection: Collection | None = None,
+        examiner: Examiner | None = None,
+    ):
+        parts = (models.encoder, models.hasher, models.purifier)
+        self.models = SecretModels(*parts, names=models.names)
+        self.collection, self.examiner = collection, examiner
         self.parts: dict[str, Models] = {}
         if models.encoder is not None:
             self.parts["embedding"] = Models(encoder=models.encoder)
@@ -66,6 +75,10 @@ class Engine:
         opened = Collection.open(collection, device=device)
         return cls(opened.models, opened)
 
+    def audit_with(self, bank: Sequence[str], clean: Sequence[Path], budget: float) -> None:
+        """Turn /audit on, with a bank of queries and, for alarms, clean pictures."""
+        self.examiner = Examiner(self.models, bank, clean, budget=budget)
+
     def picture(self, data: bytes, limits: Limits) -> Picture:
         """Decode one upload, or say what is wrong with it."""
         if kind(data) is None:
@@ -83,6 +96,8 @@ class Engine:
         """(3, S, S) as the model for ``what`` sees the picture."""
         if what == "purify":
             return shrink(picture, self.need("purifier").image_size)
+        if what == "audit":
+            return shrink(picture, self.need_examiner().image_size)
         return self.part(what).views(picture)[0]
 
     def part(self, what: str) -> Models:
@@ -96,6 +111,11 @@ class Engine:
             raise Problem(404, "absent", f"this service has no {role}")
         return model
 
+    def need_examiner(self) -> Examiner:
+        if self.examiner is None:
+            raise Problem(404, "absent", "this service audits nothing: start it with --bank")
+        return self.examiner
+
     def need_collection(self) -> Collection:
         if self.collection is None:
             text = "this service has no collection: start it with --collection"
@@ -107,19 +127,15 @@ class Engine:
         """One batch; every purified picture gets a mask of its own, from fresh secret numbers."""
         if work.what == "text":
             return list(self.models.text(payloads))
+        if work.what == "audit":
+            return self.need_examiner().examine(payloads)
         views = torch.stack(payloads)
         if work.what == "purify":
-            return list(self.purify(views).float().cpu())
+            return list(self.models.purify(views).float().cpu())
         if work.purified:
-            views = self.purify(views)
+            views = self.models.purify(views)
         features = self.part(work.what).features([views], raw=True, purified=False)
         return list(getattr(features, KINDS[work.what]))
-
-    def purify(self, images: Tensor) -> Tensor:
-        purifier = self.need("purifier")
-        device = next(purifier.parameters()).device
-        masks = torch.cat([purifier.draw_mask(1, secret_generator()) for _ in images])
-        return purifier(images.to(device), mask=masks.to(device))
 
     def search(
         self, row: np.ndarray, what: str, defend: str | None, k: int, where: str | None

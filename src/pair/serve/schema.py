@@ -97,6 +97,40 @@ class Found(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"hits": [HIT]}]})
 
 
+class Audits(BaseModel):
+    """One record per picture. ``drop``: how far the score of ``query`` falls when the worst
+    window is hidden; ``heat``: the same token by token; ``alarm``: null without clean pictures."""
+
+    pictures: list[dict[str, Any]]
+    note: str
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "pictures": [
+                        {
+                            "statistics": {
+                                "drop": 0.41,
+                                "shift": 0.38,
+                                "spread": 0.07,
+                                "focus": 0.82,
+                            },
+                            "query": "a laptop",
+                            "score": 0.52,
+                            "lowest": 0.11,
+                            "window": [0.57, 0.0, 1.0, 0.43],
+                            "heat": [[0.02, 0.31], [0.0, 0.04]],
+                            "p": 0.004,
+                            "alarm": True,
+                        }
+                    ],
+                    "note": "Ranking and alarms are heuristics …",
+                }
+            ]
+        }
+    )
+
+
 class Health(BaseModel):
     status: str
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
