@@ -119,9 +119,9 @@ def search(
             typer.echo(js.dumps(hit.record()))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("rank", "score", "picture", "about")
+    table = Table("rank", "score", Column("picture", overflow="fold"), "about")
     for hit in hits:
         about = ", ".join(f"{name} {value}" for name, value in hit.metadata.items())
         table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.uri, about)
