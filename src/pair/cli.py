@@ -16,6 +16,7 @@ from pair.commands import (
     data,
     demo,
     index,
+    lab,
     models,
     purify,
     search,
@@ -37,6 +38,7 @@ app.command("bench-certified")(certified.bench)
 app.command("certify")(certify.certify)
 app.add_typer(data.app, name="data")
 app.add_typer(index.app, name="index")
+app.command("lab")(lab.lab)
 app.add_typer(models.app, name="models")
 app.command("purify")(purify.purify)
 app.command("search")(search.search)
