@@ -3,7 +3,8 @@
     python scripts/readme.py          rewrite the marked blocks
     python scripts/readme.py --check  exit 1 if a block does not agree with its result file
 
-A block looks like ``<!-- table: results/demo.json -->`` ... ``<!-- end -->``.
+A block looks like ``<!-- table: results/demo.json -->`` ... ``<!-- end -->``; of a file with
+several tables, ``results/certified.json#curve`` names one.
 """
 
 from __future__ import annotations
@@ -57,10 +58,13 @@ def refreshed(text: str) -> str:
     """``text`` with every marked block rendered from its result file."""
 
     def fill(match: re.Match[str]) -> str:
-        source = ROOT / match.group(2)
+        name, _, part = match.group(2).partition("#")
+        source = ROOT / name
         if not source.is_file():
-            sys.exit(f"{match.group(2)} is missing: run the command that makes it")
+            sys.exit(f"{name} is missing: run the command that makes it")
         results = json.loads(source.read_text())
+        if part:
+            results = results["tables"][part]
         return f"{match.group(1)}{table(results)}{match.group(3)}"
 
     return BLOCK.sub(fill, text)

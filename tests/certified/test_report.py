@@ -8,8 +8,18 @@ import torch.nn.functional as F
 from PIL import Image
 from typer.testing import CliRunner
 
-from pair.certified import CertifiedPurifier, certify, evaluate, tables
+from pair.certified import (
+    CertifiedPurifier,
+    Maximum,
+    certify,
+    evaluate,
+    lower_bound,
+    metrics,
+    tables,
+)
 from pair.certified.report import picture, stack, summary
+from pair.certified.summary import figures, save
+from pair.certified.summary import summarise as summary_of
 from pair.cli import app, main
 from pair.images import to_pil
 from pair.purifier import Purifier
@@ -132,6 +142,11 @@ def test_command_line(models, tmp_path):
     assert Image.open(out).size[1] == 2 * 268
     table = CliRunner().invoke(app, [*call, "--patch", "0.2"])
     assert table.exit_code == 0 and "certificate" in table.output
+    two = CliRunner().invoke(app, [*call, "--patch", "2*2", "--json"])
+    record = json.loads(two.stdout.splitlines()[0])
+    assert (record["patch"], record["patches"], record["views"]) == (2, 2, 28)  # pairs of 8 windows
+    bars = CliRunner().invoke(app, [*call, "--patch", "3x9,9x3", "--json"])
+    assert json.loads(bars.stdout.splitlines()[0])["patch"] == 3  # squares that fit inside
 
 
 def test_bad_input_is_one_sentence(models, monkeypatch, capsys):
@@ -152,14 +167,20 @@ def records(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "r.jsonl"
     gallery = [(p, ("cat", "dog")[i % 2]) for i, p in enumerate(paths[:18])]
     carriers = [(p, "") for p in paths[18:]]
-    bench = evaluate.Bench(gallery, carriers, SmallClip.from_pretrained(folder / "c"))
+    starts = [(paths[0], "cat")]
+    bench = evaluate.Bench(
+        gallery, carriers, SmallClip.from_pretrained(folder / "c"), starts=starts
+    )
     purifier = Purifier.from_pretrained(folder / "g").eval()
-    setting = evaluate.Setting((0.22,), (4, 9), ("window", "mean", "drop"), k=3, resamples=40)
+    setting = evaluate.Setting(
+        (0.22,), (4, 9), ("window", "mean", "drop"), k=3, resamples=40,
+        curve=(0.12,), attacked=2, attack_carriers=2, attack_steps=3,
+    )  # fmt: skip
     said = []
     done = evaluate.run(bench, purifier, out, setting, {"run": 1}, said.append)
     again = []
     repeated = evaluate.run(bench, purifier, out, setting, {"run": 1}, again.append)
-    assert len(said) == 7 and again == []  # a finished run measures nothing twice
+    assert len(said) == 8 and again == []  # a finished run measures nothing twice
     assert repeated == done
     return bench, done, out, purifier, setting
 
@@ -190,7 +211,7 @@ def test_an_interrupted_file_is_continued(records, tmp_path):
     assert evaluate.read(cut) == done[:-3]
     said = []
     again = evaluate.run(bench, purifier, cut, setting, {"run": 1}, said.append)
-    assert len(said) == 1 and "drop" in said[0]
+    assert len(said) == 1 and "drop" in said[0] and "4 views" in said[0]
     assert again[-1] == {**done[-1], "environment": again[-1]["environment"]}
     assert all(json.loads(line) for line in cut.read_text().splitlines())
 
@@ -202,7 +223,77 @@ def test_tables(records):
     assert len({row.count("|") for row in main_rows}) == 1
     fills = tables.fill_table(done, bench.keywords).splitlines()
     assert len(fills) == 2 + 4  # two view counts x two other fills
-    assert len(tables.cost_table(done).splitlines()) == 2 + 6
+    assert len(tables.cost_table(done).splitlines()) == 2 + 7
+    few = evaluate.Setting((0.22, 0.35), (4, 9), ("window", "mean"), fill_views=(9,))
+    assert [c for c in few.cells() if c[2] == "mean"] == [(0.22, 9, "mean"), (0.35, 9, "mean")]
+
+
+def test_attacks_stay_below_their_bounds(records):
+    _, done, *_ = records
+    attacks = [r for r in done if r["kind"] == "attack"]
+    assert [(r["patch"], r["keyword"]) for r in attacks] == [(0.22, "cat"), (0.22, "dog")]
+    for r in attacks:
+        for pool in r["pools"].values():
+            assert pool["violations"] == 0 and pool["closest"] >= 0
+            assert max(pool["clean"], pool["collage"], pool["attacked"]) <= pool["certified"]
+            assert 0 <= pool["of_the_way"] <= 1
+    costs = [r for r in done if r["kind"] == "cost"]
+    assert len(costs) == 1
+    for r in costs:
+        assert r["bytes_certified"] == r["views"] * (16 + 4) and r["rows"] == 100_000
+        assert 3 <= r["certified_per_query"] <= r["items"] == 18
+
+
+def test_demotion_counts_what_no_patch_can_push_out():
+    """Against an attacker who tries every region on every item in turn."""
+    seeded = torch.Generator().manual_seed(2)
+    patterns = cover().minimal
+    scores = torch.rand(4, 15, len(cover()), generator=seeded) * 0.4
+    scores[:, :6] += torch.linspace(0, 0.5, 6)[:, None]
+    relevant = torch.rand(4, 15, generator=seeded) > 0.4
+    pool, k = Maximum(), 5
+    clean = pool(scores)
+    kept = metrics.cert_kept(lower_bound(pool, scores, patterns), clean, relevant, k)
+    for q in range(4):
+        top = clean[q].topk(k).indices.tolist()
+        hits = [y for y in top if relevant[q, y]]
+        staying = 0
+        for y in hits:
+            ranks = []
+            for row in patterns:
+                worst = float(torch.where(row, scores[q, y], -1.0).max())
+                others = torch.cat([clean[q, :y], clean[q, y + 1 :]])
+                ranks.append(1 + int((others >= worst).sum()))
+            staying += max(ranks) <= k
+        assert float(kept[q]) == pytest.approx(staying / max(1, len(hits)))
+    assert 0 < float(kept.mean()) < 1
+
+
+def test_result_file_and_curves(records, tmp_path):
+    bench, done, *_ = records
+    found = summary_of(done, bench.keywords)
+    tables_ = found["tables"]
+    assert {"pareto", "fills", "curve", "attack", "evidence", "demotion", "cost"} <= set(tables_)
+    for table in tables_.values():
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    pareto = {tuple(row[:3]): row for row in tables_["pareto"]["rows"]}
+    r = next(
+        r for r in done
+        if r.get("pool") == "delta 0.2"
+        and (r["patch"], r["views"], r["fill"]) == (0.22, 9, "window")
+    )  # fmt: skip
+    row = pareto["0.22", f"9 ({100 * r['hidden']:.0f} %)", "0.2"]
+    assert row[4] == pytest.approx(100 * r["summary"]["P"][0])
+    assert row[8].startswith(f"{100 * r['summary']['CertASR'][0]:.1f} [")
+    assert [row[0] for row in tables_["curve"]["rows"]] == ["0.12", "0.22"] * 2
+    assert all(row[-1] == "0" for row in tables_["attack"]["rows"] if row[1] != "undefended")
+    save(tmp_path / "c.json", found)
+    assert json.loads((tmp_path / "c.json").read_text()) == found
+    pytest.importorskip("matplotlib")
+    for path in figures(done, tmp_path):
+        with Image.open(path) as picture:
+            assert picture.size == (924, 396)
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
 def test_patched_queries_are_recorded_once(records, tmp_path):

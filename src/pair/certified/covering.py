@@ -234,6 +234,16 @@ def visible_blocks(
     return Cover(grid, token, family, torch.stack(masks))
 
 
+def largest_block(family: PatchFamily, image_size: int = 112, token: int = 8) -> int:
+    """Side in tokens of the largest blocks of which a patch touches fewer than half."""
+    grid = _grid(image_size, token)
+    height, width = (max(span(s[a], token) for s in family.shapes) for a in (0, 1))
+    fits = [b for b in range(1, grid) if 2 * (height + b - 1) * (width + b - 1) < grid**2]
+    if family.patches > 1 or not fits:
+        raise ValueError(f"{family} touches half of all views: bit votes prove nothing about it")
+    return fits[-1]
+
+
 def coverage_patterns(cover: Cover) -> Tensor:
     """Every distinct Cov(L), L over all pixel offsets and shapes (and pairs, ... of patches).
 

@@ -8,7 +8,7 @@ ranking: no shortlist that injected images could flood (they only cost views, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,12 +102,10 @@ class CertifiedIndex:
             raise ValueError(f"the query must have shape {tuple(self.plain.shape[1:])}")
         query = query.detach().float()
         bound = self._plain_scores(query)
-        order = self._order(bound)
         hits: list[Hit] = []
-        for start in range(0, len(order), self.batch):
-            if len(hits) >= k and hits[k - 1].score > bound[order[start]]:
+        for items in self._batches(bound, 16 * k):
+            if len(hits) >= k and hits[k - 1].score > bound[items[0]]:
                 break
-            items = order[start : start + self.batch]
             hits += self.hits(query, items)
             hits = sorted(hits, key=lambda h: (-h.score, h.item))[:k]
         return hits
@@ -118,7 +116,7 @@ class CertifiedIndex:
 
     def plain_top(self, query: Tensor, k: int = 10) -> list[int]:
         """The ``k`` items with the highest plain score: what an unprotected search returns."""
-        return self._order(self._plain_scores(query))[:k]
+        return next(self._batches(self._plain_scores(query), k, k), [])
 
     def plain_rank(self, query: Tensor, item: int) -> int:
         """Place (from 1) of an item by its plain score."""
@@ -137,9 +135,20 @@ class CertifiedIndex:
         rows = zip(items, pooled, table[:, -1], lowest, window, strict=True)
         return [Hit(i, float(s), float(p), float(m), int(w)) for i, s, p, m, w in rows]
 
-    def _order(self, bound: Tensor) -> list[int]:
-        order = bound.argsort(descending=True, stable=True)
-        return order[~self._removed[order]].tolist()
+    def _batches(self, bound: Tensor, first: int, size: int = 0) -> Iterator[list[int]]:
+        """Items by falling bound, ties by number, ``size`` at a time. About ``first`` are sorted
+        at once, because few searches look further, and then all that are left."""
+        size = size or self.batch
+        bound = bound.masked_fill(self._removed, -torch.inf)
+        rest = ~self._removed
+        while bool(rest.any()):
+            left = bound.masked_fill(~rest, -torch.inf)
+            edge = left.topk(min(first, int(rest.sum()))).values[-1]
+            some = (rest & (bound >= edge)).nonzero()[:, 0]
+            some = some[bound[some].argsort(descending=True, stable=True)].tolist()
+            for start in range(0, len(some), size):
+                yield some[start : start + size]
+            rest[some], first = False, len(bound)
 
     def _plain_scores(self, query: Tensor) -> Tensor:
         return (self.plain * query).sum(-1)

@@ -38,6 +38,21 @@ def cert_recall(
     return ((worst <= k) & relevant).any(1).double()
 
 
+def cert_kept(
+    lower: Tensor, scores: Tensor, relevant: Tensor, k: int, slack: float = 0.0
+) -> Tensor:
+    """Demotion, (Q,): the share of the relevant items in the top K that no patch on the item
+    itself can push out. ``lower`` (Q, N) are Lo_A of the items, ``scores`` (Q, N) clean; a query
+    without a relevant hit counts as 0."""
+    ordered = scores.sort(-1).values
+    below = torch.searchsorted(ordered, (lower - slack).contiguous(), right=False)
+    # Others at least as good as the bound: all of those, without the item itself.
+    ahead = scores.shape[-1] - below - 1
+    top = torch.zeros_like(relevant).scatter(1, scores.topk(k, dim=1).indices, True) & relevant
+    kept = ((ahead <= k - 1) & top).sum(1).double()
+    return kept / top.sum(1).clamp(min=1)
+
+
 def cert_average_precision(
     upper: Tensor, benign: Tensor, relevant: Tensor, slack: float = 0.0
 ) -> Tensor:

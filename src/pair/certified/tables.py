@@ -27,6 +27,11 @@ def main_table(records: list[Record]) -> str:
 def fill_table(records: list[Record], keywords: list[str], pool: str = "delta 0") -> str:
     """Paired differences, window fill minus each other fill, in points with intervals."""
     head = ("patch", "views", "window minus", "pooling", "P@10", "mAP", "CertASR@10")
+    return _markdown(head, fill_rows(records, keywords, pool))
+
+
+def fill_rows(records: list[Record], keywords: list[str], pool: str = "delta 0") -> list[list[str]]:
+    """Rows of :func:`fill_table`: patch, views, the other fill, pooling, three differences."""
     cells = {(r["patch"], r["views"], r["fill"]): r for r in _of(records, "certified", pool)}
     rows = []
     for (patch, views, fill), other in cells.items():
@@ -39,7 +44,7 @@ def fill_table(records: list[Record], keywords: list[str], pool: str = "delta 0"
             d = paired(a, b, keywords).micro
             figures.append(f"{100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]")
         rows.append([f"{patch:g}", str(views), fill, pool, *figures])
-    return _markdown(head, rows)
+    return rows
 
 
 def cost_table(records: list[Record]) -> str:
@@ -62,7 +67,7 @@ def query_table(records: list[Record]) -> str:
     head = ("target", "patch", "views", "diameter", "radius S", "worst S", "mAP", "CertmAP",
             "CertR@10", "union hit", "union size")  # fmt: skip
     rows = []
-    for r in records:
+    for r in _of(records, "query"):
         m = r["means"]
         sizes = [f"{m[n]:.2f}" for n in ("diameter", "radius", "live")]
         rates = [f"{100 * m[n]:.1f}" for n in ("ap", "cert_ap", "cert_recall", "union_hit")]

@@ -7,15 +7,18 @@ from typing import Annotated
 
 import typer
 
-SWEEP = (0.12, 0.22, 0.35, 0.5)
+SWEEP = ("0.12", "0.22", "0.35", "0.5")
 
 
 def certify(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     query: Annotated[str, typer.Option(help="The text that found them.")],
     patch: Annotated[
-        float | None,
-        typer.Option(help="Largest patch, as a share of the side; default: try several."),
+        str | None,
+        typer.Option(
+            help="Patches to certify against: 0.35 (of the side), 39 (px), 16x40,40x16, 0.14*2 "
+            "(two at once); default: try several sizes."
+        ),
     ] = None,
     views: Annotated[int, typer.Option(min=4, help="Most windows per patch size.")] = 9,
     delta: Annotated[
@@ -48,23 +51,29 @@ def certify(
     from rich.table import Table
 
     from pair.certified import CertifiedPurifier, report
+    from pair.certified.covering import parse_family
     from pair.files import write_atomic
     from pair.images import load_image
+    from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
 
     if threads:
         torch.set_num_threads(threads)
-    sizes = (patch,) if patch is not None else SWEEP
+    autoencoder = Purifier.from_pretrained(generator).autoencoder
+    families = [
+        parse_family(text, autoencoder.config.image_size)
+        for text in ((patch,) if patch is not None else SWEEP)
+    ]
     purifiers = [
-        CertifiedPurifier.from_pretrained(generator, patch=s, views=views, fill=fill) for s in sizes
+        CertifiedPurifier.covering(autoencoder, family, views, fill=fill) for family in families
     ]
     model = SmallClip.from_pretrained(encoder)
-    text = F.normalize(model.encode_text([query]), dim=-1)[0]
+    words = F.normalize(model.encode_text([query]), dim=-1)[0]
     table = Table("image", "score", "lowest", "patch in file", "certificate", title=query)
     sheets = []
     for path in images:
         image = load_image(path)
-        found = report.certify(purifiers, model, image, text, delta=delta, threshold=threshold)
+        found = report.certify(purifiers, model, image, words, delta=delta, threshold=threshold)
         best = report.summary(found)
         if json:
             record = {"image": str(path), "query": query, **best.record()}
