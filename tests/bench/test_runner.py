@@ -53,7 +53,7 @@ def test_a_missing_shipped_model_says_how_it_is_trained(tmp_path):
     bench = bench_at("table1", tmp_path)
     object.__setattr__(bench.settings, "tiny", False)
     bench.models.where = lambda name: f"{tmp_path}/{name}"
-    with pytest.raises(ValueError, match="pair train sac --recipe configs/small/sac.toml"):
+    with pytest.raises(ValueError, match=r"pair train sac --recipe configs/small/sac\.toml"):
         bench.models.need("sac-small")
 
 
