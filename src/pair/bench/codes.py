@@ -20,7 +20,7 @@ from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.scenario import Row, Settings
 from pair.bench.search import HashSearch
 from pair.bench.store import key_of
-from pair.bench.text import summary
+from pair.bench.text import settled, summary
 from pair.images import load_batch, quantise
 from pair.retrieval.metrics import average_precision
 from pair.retrieval.scores import Hamming
@@ -73,7 +73,7 @@ def optimise(
     )
     seed = seed_of("optimise", s.seed, unit)
     key = key_of({
-        **facts, "config": asdict(config), "unit": unit, "seed": seed, "sources": s.sources,
+        **facts, "config": settled(config), "unit": unit, "seed": seed, "sources": s.sources,
         "place": asdict(place(row, s)), "side": s.image_size, "data": bench.hash.digest,
     })  # fmt: skip
     with bench.store.lock(f"patch-{key}", wait=True):

@@ -38,6 +38,7 @@ from pair.bench.text import (
     adaptive_config,
     insert,
     ranks_after,
+    settled,
     share,
     start_patch,
     static_patch,
@@ -87,7 +88,7 @@ def _run(
     facts["row"] = {**facts["row"], "attack": {
         k: v for k, v in cell.row.attack.items() if k not in ("rung",)}}  # fmt: skip
     facts["settings"] = {k: facts["settings"][k] for k in ("image_size", "ads", "size", "seed")}
-    key = key_of({**facts, "what": "ladder", "tag": tag, "config": asdict(config)})
+    key = key_of({**facts, "what": "ladder", "tag": tag, "config": settled(config)})
     store = bench.store
     with store.lock(f"patch-{key}", wait=True):
         last = store.patch(key)

@@ -88,6 +88,11 @@ def adaptive_config(s: Settings, search: Search) -> TTHConfig:
     )  # fmt: skip
 
 
+def settled(config: Any) -> dict[str, Any]:
+    """The settings of an attack that are not left open: what its patch depends on."""
+    return {k: v for k, v in asdict(config).items() if v not in (None, ())}
+
+
 def optimise(
     bench: Bench,
     victim: Adaptive,
@@ -100,7 +105,7 @@ def optimise(
     """The optimised patch as its PNG holds it; the same ``facts`` are never optimised twice."""
     s = bench.settings
     seed = seed_of("optimise", s.seed, unit)
-    key = key_of({**facts, "config": asdict(config), "unit": unit, "seed": seed})
+    key = key_of({**facts, "config": settled(config), "unit": unit, "seed": seed})
     with bench.store.lock(f"patch-{key}", wait=True):
         if (kept := bench.store.patch(key)) is not None:
             return kept, kept.notes
