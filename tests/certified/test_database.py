@@ -1,5 +1,7 @@
 """Theorems 1, 2, 2a, 10 and Proposition 9 against worst-case adversaries on random views."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from pair.certified.pooling import (
     Maximum,
     Median,
     Minimum,
+    SoftMinimum,
     lower_bound,
     upper_bound,
     with_plain,
@@ -38,6 +41,7 @@ POOLS = [
     (DeltaCap(0.2), with_plain(COVER.patterns)),
     (DeltaCap(float("inf")), with_plain(COVER.patterns)),
     (LowestMean(2), COVER.patterns),
+    (SoftMinimum(20.0), with_plain(COVER.patterns)),
     (Maximum(), COVER.patterns),
     (Median(), BLOCKS.patterns),
 ]
@@ -106,6 +110,17 @@ def test_averaging_two_views_needs_two_covers():
     clean = rand(5, 100, len(COVER))
     up = upper_bound(LowestMean(2), clean, COVER.patterns)
     assert bool((up > upper_bound(Minimum(), clean, COVER.patterns)).all())
+
+
+def test_a_soft_minimum_gives_a_patch_little_more_than_the_strict_rule():
+    clean = rand(7, 500, len(COVER) + 1)
+    cover, sharp = with_plain(COVER.patterns), 30.0
+    strict = upper_bound(DeltaCap(0.0), clean, cover)
+    soft = upper_bound(SoftMinimum(sharp), clean, cover)
+    assert bool((soft >= strict - 1e-6).all())
+    assert bool((soft <= strict + math.log(len(COVER)) / sharp + 1e-6).all())
+    with pytest.raises(ValueError, match="positive"):
+        SoftMinimum(0.0)
 
 
 def test_a_median_over_small_blocks_is_two_sided():

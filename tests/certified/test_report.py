@@ -237,6 +237,16 @@ def test_attacks_stay_below_their_bounds(records):
             assert pool["violations"] == 0 and pool["closest"] >= 0
             assert max(pool["clean"], pool["collage"], pool["attacked"]) <= pool["certified"]
             assert 0 <= pool["of_the_way"] <= 1
+    variants = {(r["look"], r["rule"]): r["summary"] for r in done if r["kind"] == "variant"}
+    assert len(variants) == 14
+    strict = next(
+        r for r in done
+        if r.get("pool") == "delta 0" and (r["patch"], r["views"], r["fill"]) == (0.22, 9, "window")
+    )  # fmt: skip
+    assert variants["upright", "worst view"] == strict["summary"]
+    for name in ("worst view", "soft minimum, 40"):
+        soft = variants["mirrored", name]
+        assert soft["CertASR"][0] >= soft["no_attack"][0]
     costs = [r for r in done if r["kind"] == "cost"]
     assert len(costs) == 1
     for r in costs:
@@ -273,7 +283,16 @@ def test_result_file_and_curves(records, tmp_path):
     bench, done, *_ = records
     found = summary_of(done, bench.keywords)
     tables_ = found["tables"]
-    assert {"pareto", "fills", "curve", "attack", "evidence", "demotion", "cost"} <= set(tables_)
+    assert {
+        "pareto",
+        "fills",
+        "curve",
+        "variants",
+        "attack",
+        "evidence",
+        "demotion",
+        "cost",
+    } <= set(tables_)
     for table in tables_.values():
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
     pareto = {tuple(row[:3]): row for row in tables_["pareto"]["rows"]}

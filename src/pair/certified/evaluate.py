@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ from pair.certified.pooling import (
 from pair.certified.purifier import CertifiedPurifier, Views
 from pair.certified.query_side import measure, measure_votes
 from pair.certified.soundness import interference, measure_slack
+from pair.certified.variants import variants
 from pair.data.prompts import HELD_OUT_TEMPLATES
 from pair.files import write_atomic
 from pair.images import load_batch
 from pair.purifier import Purifier
 from pair.retrieval.encoders import ImageEncoder, TextImageEncoder
 from pair.retrieval.metrics import average_precision, precision_at_k, recall
+from pair.retrieval.mirror import Mirrored
 from pair.retrieval.statistics import summarise
 
 Photos = Sequence[tuple[Path, str]]
@@ -254,8 +257,10 @@ def _cell(
         raise ValueError(f"views {bad} read pixels that they should hide: no certificate holds")
     slack = measure_slack(model, bench.encoder, sample, (1, 3, 8))
     began = time.process_time()
-    photos = embed(model, bench.encoder, bench.gallery, setting.batch)
-    carriers = embed(model, bench.encoder, bench.carriers, setting.batch)
+    encoder = bench.encoder if purifier is None else Mirrored(bench.encoder)
+    photos, carriers = (
+        embed(model, encoder, p, setting.batch) for p in (bench.gallery, bench.carriers)
+    )
     seconds = time.process_time() - began
     made = (len(bench.gallery) + len(bench.carriers)) * (len(model.cover) + 1)
     shared = {
@@ -264,8 +269,15 @@ def _cell(
         "slack": slack,
         "views_per_second": made / seconds,
     }
-    items, ads = photos.scores(bench.text), carriers.scores(bench.text)
     patterns = model.cover.minimal
+    if purifier is not None:
+        measured = partial(_metrics, bench, setting, slack=slack)
+        for record in variants(photos, carriers, bench.text, patterns, measured, slack):
+            yield {"kind": "variant", **shared, **record}
+        photos, carriers = (
+            Views(Mirrored.upright(v.plain), Mirrored.upright(v.masked)) for v in (photos, carriers)
+        )
+    items, ads = photos.scores(bench.text), carriers.scores(bench.text)
     pools: list[tuple[str, Pool, slice, Tensor]] = [("min", Minimum(), slice(-1), patterns)]
     if (count := model.cover.multiplicity) > 1:
         pools.append((f"lowest {count}", LowestMean(count), slice(-1), patterns))

@@ -6,6 +6,7 @@ that is the *last* column; it belongs to no Cov(L), so the attacker always contr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +46,26 @@ class LowestMean:
         if not 1 <= self.count <= scores.shape[-1]:
             raise ValueError(f"cannot average {self.count} of {scores.shape[-1]} views")
         return scores.topk(self.count, dim=-1, largest=False).values.mean(-1)
+
+
+@dataclass(frozen=True)
+class SoftMinimum:
+    """min(plain, smooth minimum of the masked views); the plain view is the last column.
+
+    -log(mean exp(-sharpness * s)) / sharpness exceeds the minimum of R views by at most
+    log(R) / sharpness, so that is all that it gives to a patch beyond the strict rule.
+    """
+
+    sharpness: float = 40.0
+
+    def __post_init__(self) -> None:
+        if not self.sharpness > 0:
+            raise ValueError(f"the sharpness must be positive, got {self.sharpness}")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        masked = -self.sharpness * scores[..., :-1]
+        mean = torch.logsumexp(masked, -1) - math.log(masked.shape[-1])
+        return torch.minimum(scores[..., -1], -mean / self.sharpness)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def summarise(records: list[Record], keywords: list[str]) -> dict[str, Any]:
         "pareto": _pareto(records),
         "fills": _fills(records, keywords),
         "curve": _curve(records),
+        "variants": _variants(records),
         "attack": _attack(records),
         "evidence": _evidence(records),
         "demotion": _demotion(records),
@@ -130,6 +131,21 @@ def _attack(records: list[Record]) -> Table:
         "genuine picture of the keyword at the place with the highest bound. 'beaten' counts "
         "scores above their bound.",
     }  # fmt: skip
+
+
+def _variants(records: list[Record]) -> Table:
+    names = ("P", "AP", "no_attack", "CertASR", "CertR", "CertAP")
+    rows = [
+        [f"{r['patch']:g}", r["look"], r["rule"], *_percent(r, names)]
+        for r in _cells(records, "variant")
+    ]
+    titles = ["P@10", "mAP", "no attack", "CertASR@10", "CertR@10", "CertmAP"]
+    return {
+        "columns": ["patch", "encoder sees", "rule, capped by plain", *titles],
+        "rows": rows,
+        "note": "The same windows throughout. 'mirrored': mean of the scores of each view and of "
+        "its mirror image.",
+    }
 
 
 _STAGES = ("clean", "collage", "attacked")
