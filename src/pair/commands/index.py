@@ -116,7 +116,7 @@ def add(
         )
     with stopping() as (stop, caught), _line("adding") as progress:
         if engine == "ray":
-            from pair.guard.ray import add_with_ray
+            from pair.guard.cluster import add_with_ray
 
             report = add_with_ray(collection, paths, **options, progress=progress, stop=stop.is_set)
         else:
