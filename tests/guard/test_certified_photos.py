@@ -12,7 +12,7 @@ from PIL import Image
 from pair.certified import CertifiedPurifier, DeltaCap, PatchFamily, window_cover
 from pair.certified.store import SETTINGS, ViewStore
 from pair.cli import main
-from pair.commands.certified_search import run
+from pair.commands._certified_search import run
 from pair.generator import GeneratorConfig, MaskedAutoencoder
 from pair.guard.certified import PHOTOS, CertifiedPhotos
 from pair.images import load_batch, save_image

@@ -90,7 +90,7 @@ def search(
     if threads is not None:
         torch.set_num_threads(threads)
     if certified:
-        from pair.commands.certified_search import run
+        from pair.commands._certified_search import run
 
         if defend or using or exact or seed is not None:
             raise ValueError("--certified goes without --defend, --using, --exact and --seed")
