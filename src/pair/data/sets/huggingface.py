@@ -38,7 +38,8 @@ def opened(path: Path) -> Any:
     column = next((c for c in IMAGES if c in table.column_names), None)
     if column is None:
         raise ValueError(f"{path} has no column {' or '.join(IMAGES)}: {table.column_names}")
-    return table.cast_column(column, library.Image(decode=False)).rename_column(column, "image")
+    table = table.cast_column(column, library.Image(decode=False))
+    return table if column == "image" else table.rename_column(column, "image")
 
 
 def read_row(path: Path, row: int) -> bytes:
