@@ -5,6 +5,7 @@ import torch
 from attack_models import encoder, photos, purifier, seeded
 
 from pair.attacks.advhash import PRESETS, AdvHashConfig, advhash, advhash_patch
+from pair.attacks.cost import estimate
 from pair.attacks.objectives import HashGoal, HashHinge, anchor_code
 from pair.attacks.patch import Patch
 from pair.attacks.tth import TTHConfig, tth
@@ -125,8 +126,39 @@ def test_presets():
     assert set(PRESETS) == {"paper", "released", "std", "strong", "max"}
     assert AdvHashConfig.preset("released").compat
     assert AdvHashConfig.preset("paper").eot == 7
+    assert {AdvHashConfig.preset(n).optimiser for n in ("paper", "released")} == {"sign"}
+    assert {AdvHashConfig.preset(n).optimiser for n in ("std", "strong", "max")} == {"adam"}
     with pytest.raises(ValueError, match="unknown preset"):
         AdvHashConfig.preset("hard")
+
+
+def test_adam_is_at_least_as_good_as_the_published_attack_at_equal_cost():
+    model, images, target = encoder(BITS), photos(6), code()
+
+    def agreement(patch):
+        with torch.no_grad():
+            signs = model.encode_image(patch.quantised().apply(images)).sign()
+        return float((signs == target).float().mean())
+
+    sign = AdvHashConfig(epochs=2, batch=3, iterations=60, size=0.4, budget=240)
+    published = advhash(model, images, target, config=sign, generator=seeded(0))
+    adam = AdvHashConfig.preset("std", eot=1, batch=3, size=0.4, budget=240, restarts=())
+    ours = advhash(model, images, target, config=adam, generator=seeded(0))
+    assert ours.gradients_used == 240 * 3 >= published.gradients_used
+    assert agreement(ours.patch) >= agreement(published.patch) > 0.6
+    assert ours.config["optimiser"] == "adam" and ours.patch.placement == published.patch.placement
+
+
+def test_adam_restarts_and_their_cost():
+    model, images, target = encoder(BITS), photos(4), code()
+    config = AdvHashConfig.preset("strong", eot=1, budget=20, batch=2, size=0.4)
+    result = advhash(model, images, target, config=config, generator=seeded(0))
+    assert result.gradients_used == estimate(config, 4).gradients
+    assert set(result.curves) == {"given", "grey", "dct"}
+    with pytest.raises(ValueError, match="optimiser must be"):
+        advhash(model, images, target, config=AdvHashConfig(optimiser="sgd"))
+    with pytest.raises(ValueError, match="published code"):
+        advhash(model, images, target, config=AdvHashConfig(optimiser="adam", compat=True))
 
 
 def test_success_ends_a_mini_batch_and_evaluation_ends_the_attack():

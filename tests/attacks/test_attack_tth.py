@@ -1,5 +1,7 @@
 """TTH against a literal transcription of the published algorithm, and its variants."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,35 @@ def test_a_plateau_stops_only_when_asked():
     early = tth(model, photos(2), e_t, config=TTHConfig(steps=150, plateau=(10, 0.1)))
     assert early.stopped == "plateau" and 20 <= len(early.losses) < 151
     assert early.losses == whole.losses[: len(early.losses)]
+
+
+def test_a_few_carriers_per_update_cost_less_and_reach_all_of_them():
+    images, target = photos(6), torch.randn(16, generator=seeded(5))
+    model = encoder()
+    seen = []
+
+    def features(batch, generator=None):
+        seen.append(batch)
+        return model.encode_image(batch)
+
+    config = TTHConfig(
+        steps=60, lr=0.05, carriers=2, distortion=0.0, retry=False, schedule="constant"
+    )
+    result = tth(features, images, target, config=config, generator=seeded(0))
+    assert result.gradients_used == 60 * 2 and {len(b) for b in seen} == {2}
+    kept = images[:, :, -1, 0]  # outside the patch (bottom left) every carrier shows itself
+    met = {int((b[i, :, -1, 0] - kept).abs().sum(1).argmin()) for b in seen for i in range(2)}
+    assert met == set(range(6))
+
+    def loss(patch):
+        return float(TextGoal(target)(model.encode_image(patch.apply(images))).mean())
+
+    start = Patch.make(config.start, config.size, 32, config.placement)
+    everything = tth(model, images, target, config=replace(config, carriers=None, steps=20))
+    assert everything.gradients_used == result.gradients_used
+    assert loss(result.patch) < loss(start) - 0.5 * (loss(start) - loss(everything.patch))
+    with pytest.raises(ValueError, match="carriers must lie in 1 to 6"):
+        tth(model, images, target, config=replace(config, carriers=7))
 
 
 def test_distortion_keeps_the_patch_near_its_start():

@@ -133,6 +133,22 @@ def test_memory_does_not_grow_with_the_number_of_draws():
     assert kept(32, False) > 7 * kept(4, False)
 
 
+@pytest.mark.parametrize(("held", "forwards"), [(None, 7), (8, 6), (15, 5), (16, 4)])
+def test_images_that_fit_into_memory_are_not_computed_twice(held, forwards):
+    sizes = []
+
+    def features(images, generator=None):
+        sizes.append(len(images))
+        return images.flatten(1)[:, :16] * torch.rand(1, generator=generator)
+
+    images = photos(4)
+    eot = EOT(features, 4, micro_batch=4, held=held)
+    found, _ = gradient(eot, images, 3)
+    assert len(sizes) == forwards and set(sizes) == {4}
+    want, _ = gradient(EOT(features, 4, checkpoint=False), images, 3)
+    torch.testing.assert_close(found, want)
+
+
 def test_draws_share_batches():
     calls = []
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pair.attacks.carriers import area_side, pixels
-from pair.attacks.objectives import HashGoal
+from pair.attacks.objectives import HashGoal, TextGoal
 from pair.attacks.optimise import AttackResult, Progress, load_state, save_state
 from pair.attacks.patch import Patch, Placement, Transform
-from pair.attacks.tth import Penalty
+from pair.attacks.tth import Penalty, TTHConfig, tth
 from pair.attacks.wrappers import expectation
 from pair.generator import IMAGENET_MEAN, IMAGENET_STD
 
@@ -28,6 +28,11 @@ class AdvHashConfig:
     ``compat`` repeats its normalised-space quirks: start, step and one clamp range for all
     channels, [-2.118, 2.640], in ImageNet-normalised units. Features then receive values outside
     [0, 1] and must not refuse them (``HashNet.image_features`` does not).
+
+    ``optimiser="adam"`` is not AdvHash but the stronger attack on the same target (presets
+    ``std`` to ``max``): Adam with a cosine schedule on 1 - cos(H, c), which moves bits that are
+    already right too, ``batch`` photos drawn anew in every update, ``budget`` updates, and
+    successive halving over ``restarts`` (see :mod:`pair.attacks.search`).
     """
 
     epochs: int = 5
@@ -46,6 +51,11 @@ class AdvHashConfig:
     compat: bool = False
     micro_batch: int = 64
     precision: str = "fp32"  # or "bf16", see pair.attacks.wrappers.EOT
+    held: int | None = None  # images kept in memory instead of recomputed, see there
+    optimiser: str = "sign"  # or "adam"
+    lr: float = 0.03  # of Adam
+    restarts: tuple[str, ...] = ()  # of Adam: starts beside the given patch or noise
+    plateau: tuple[int, float] | None = None  # of Adam, see TTHConfig
     budget: int | None = None  # updates in all, at most
     good_map: float = 0.8  # with ``evaluate``: enough to stop after an epoch
     snapshots: tuple[int, ...] = ()
@@ -58,12 +68,17 @@ class AdvHashConfig:
         return replace(cls(), **{**PRESETS[name], **changes})
 
 
+_STRONG: dict[str, Any] = {
+    "size": 0.22,
+    "optimiser": "adam",
+    "restarts": ("grey", "dct"),
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 0.22, "eot": 7},
     "released": {"compat": True},
-    "std": {"size": 0.22, "eot": 20, "budget": 500},
-    "strong": {"size": 0.22, "eot": 50, "budget": 1000},
-    "max": {"size": 0.22, "eot": 100, "budget": 2000},
+    "std": {**_STRONG, "eot": 20, "budget": 500},
+    "strong": {**_STRONG, "eot": 50, "budget": 1000},
+    "max": {**_STRONG, "eot": 100, "budget": 2000},
 }
 
 
@@ -142,7 +157,8 @@ def advhash(
     The result is the mean of the last ``average`` optimised patches; with ``compat`` it is the
     patch that the last mini-batch started from, which is what the published code evaluates.
     ``losses`` is the relaxed share of wrong bits, (1 - mean tanh(H) c) / 2; ``curves`` has the
-    published objective (its alpha changes on the way) and the share of agreeing bits.
+    published objective (its alpha changes on the way) and the share of agreeing bits. With Adam,
+    ``losses`` is 1 - cos(H, c) and ``evaluate`` is not used.
     """
     config = config or AdvHashConfig()
     generator = generator or torch.Generator().manual_seed(0)
@@ -154,6 +170,15 @@ def advhash(
     seed = generator.initial_seed()
     if patch is None:
         patch = advhash_patch(min(images.shape[-2:]), config, generator)
+    if config.optimiser == "adam":
+        result = tth(
+            features, images, TextGoal(code), config=_adam(config, len(images)), patch=patch,
+            generator=generator, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+            progress=progress, penalty=penalty, transform=transform,
+        )  # fmt: skip
+        return replace(result, config=asdict(config))
+    if config.optimiser != "sign":
+        raise ValueError(f"optimiser must be 'sign' or 'adam', got {config.optimiser!r}")
     run = _Run(features, images, code, config, patch.to(images.device), generator)
     run.penalty, run.transform, run.progress = penalty, transform, progress
     run.checkpoint, run.checkpoint_every = checkpoint, checkpoint_every
@@ -172,6 +197,24 @@ def advhash(
         snapshots={k: run.patch_of(v, k) for k, v in state.snapshots.items()},
         curves={"objective": state.objective, "agreement": state.agreement},
     )
+
+
+def _adam(config: AdvHashConfig, images: int) -> TTHConfig:
+    """The same attack in the terms of :func:`pair.attacks.tth.tth`."""
+    if config.compat:
+        raise ValueError("compat repeats the published code: it needs optimiser='sign'")
+    return TTHConfig(
+        steps=config.budget or 500,
+        lr=config.lr,
+        schedule="cosine",
+        distortion=0.0,
+        retry=False,
+        carriers=min(config.batch, images),
+        **{name: getattr(config, name) for name in _SHARED},
+    )
+
+
+_SHARED = ("eot", "form", "micro_batch", "precision", "held", "restarts", "plateau", "snapshots")
 
 
 class _Run:

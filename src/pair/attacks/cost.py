@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pair.attacks.advhash import AdvHashConfig
+from pair.attacks.advhash import AdvHashConfig, _adam
 from pair.attacks.search import SHARES
 from pair.attacks.tth import TTHConfig
 from pair.attacks.wrappers import EOT
@@ -67,6 +67,10 @@ def estimate(
     Restarts count with successive halving; TTH's retry rule could double the steps and is left
     out, because it hardly ever fires.
     """
+    if isinstance(config, AdvHashConfig) and config.optimiser == "adam":
+        config = _adam(config, images)
+        if config.restarts:  # its own start takes part
+            config = replace(config, restarts=("given", *config.restarts))
     if isinstance(config, AdvHashConfig):
         batches = -(-images // config.batch)
         updates = config.epochs * batches * config.iterations
@@ -75,7 +79,7 @@ def estimate(
         gradients = updates * min(config.batch, images) * config.eot
     else:
         updates = halved_steps(config)
-        gradients = updates * images * config.eot
+        gradients = updates * min(config.carriers or images, images) * config.eot
     return Cost(updates, gradients, None if per_gradient is None else gradients * per_gradient)
 
 

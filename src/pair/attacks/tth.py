@@ -48,6 +48,8 @@ class TTHConfig:
     snapshots: tuple[int, ...] = ()
     micro_batch: int = 64
     precision: str = "fp32"  # or "bf16", see pair.attacks.wrappers.EOT
+    held: int | None = None  # images kept in memory instead of recomputed, see there
+    carriers: int | None = None  # this many of the carriers per update, drawn anew; default: all
     restarts: tuple[str, ...] = ()  # starts for successive halving, see pair.attacks.search
     scope: str = "universal"  # or "per-image": every carrier gets a patch of its own
     total_steps: int | None = None  # length of the schedule, if this run is a part of a longer one
@@ -143,6 +145,12 @@ def tth(
         raise ValueError(f"scope must be 'universal' or 'per-image', got {config.scope!r}")
     if each and config.parameters != "pixels":
         raise ValueError("per-image patches are optimised in pixels: set parameters='pixels'")
+    if config.carriers is not None and (each or not 1 <= config.carriers <= len(images)):
+        raise ValueError(
+            f"carriers must lie in 1 to {len(images)} (the number of images) and needs a "
+            f"universal patch, got {config.carriers}"
+        )
+    count = config.carriers or len(images)
     function = expectation(features, config)
     space = parametrisation(config.parameters, *patch.size)
     start, cover = patch.content, (patch.mask > 0).to(patch.content.dtype)
@@ -150,7 +158,11 @@ def tth(
 
     def loss(parameter: Tensor) -> tuple[Tensor, float]:
         content = space.render(parameter)
-        pasted, covered = patch.paste(images, random, content=content, transform=transform)
+        batch = images
+        if count < len(images):
+            chosen = torch.randperm(len(images), generator=random, device=random.device)[:count]
+            batch = images[chosen.to(images.device)]
+        pasted, covered = patch.paste(batch, random, content=content, transform=transform)
         performance = goal(function(pasted, generator=random)).mean()
         # Adam is blind to the scale, the distortion is not: the sum keeps carriers independent.
         total = performance * len(images) if each else performance
@@ -200,8 +212,8 @@ def tth(
             snapshots=config.snapshots,
             progress=progress,
         )
-        used += trace.updates * len(images) * config.eot
-        forwards += len(trace.losses) * len(images) * config.eot
+        used += trace.updates * count * config.eot
+        forwards += len(trace.losses) * count * config.eot
         seconds += trace.seconds
         if trace.stopped != "diverged":
             break

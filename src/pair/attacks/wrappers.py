@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -61,9 +62,10 @@ class EOT:
 
     All n * B images run as one batch, in slices of at most ``micro_batch``. With ``checkpoint`` a
     slice keeps only its input and is recomputed in the backward pass, so that memory does not
-    grow with n. (The last slice, which the backward pass meets first, is kept whole: recomputing
-    it would save nothing.) Draws are taken from ``generator`` exactly as n calls one after the
-    other would take them, whatever the slicing.
+    grow with n. ``held`` images may be kept whole instead (default: ``micro_batch``; the last
+    slice, which the backward pass meets first, always is): each that fits into memory saves a
+    second forward pass. Draws are taken from ``generator`` exactly as n calls one after the other
+    would take them, whatever the slicing.
 
     ``precision="bf16"`` computes under autocast: faster where the hardware has it, with gradients
     that point in nearly the same direction. Evaluate in full precision.
@@ -78,6 +80,7 @@ class EOT:
         micro_batch: int = 64,
         checkpoint: bool = True,
         precision: str = "fp32",
+        held: int | None = None,
     ):
         if n < 1 or micro_batch < 1:
             raise ValueError(f"EOT needs n >= 1 and micro_batch >= 1, got {n} and {micro_batch}")
@@ -89,14 +92,19 @@ class EOT:
         self.n, self.form = n, form
         self.micro_batch, self.checkpoint = micro_batch, checkpoint
         self.precision = precision
+        self.held = micro_batch if held is None else held
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         batch = len(images)
         rows = torch.arange(self.n * batch, device=images.device) % batch  # draw by draw
         slices = rows.tensor_split(-(-len(rows) // self.micro_batch))  # as equal as can be
         save = self.checkpoint and torch.is_grad_enabled()
-        last = len(slices) - 1
-        parts = [self._slice(images, s, generator, save and i < last) for i, s in enumerate(slices)]
+        done = accumulate(len(s) for s in slices)
+        parts = [
+            self._slice(images, s, generator, save and at < len(rows) and first > self.held)
+            for s, at in zip(slices, done, strict=True)
+            for first in [len(rows) - at + len(s)]  # images from this slice to the last one
+        ]
         outputs = torch.cat(parts).view(self.n, batch, -1)  # (n, B, D)
         return outputs.mean(0) if self.form == "mean_embedding" else outputs
 
@@ -143,6 +151,9 @@ class Draws(Protocol):
     @property
     def precision(self) -> str: ...
 
+    @property
+    def held(self) -> int | None: ...
+
 
 def expectation(features: Any, config: Draws) -> EOT:
     """The :class:`EOT` that a configuration asks for; with one draw it changes nothing."""
@@ -152,6 +163,7 @@ def expectation(features: Any, config: Draws) -> EOT:
         config.form,
         micro_batch=config.micro_batch,
         precision=config.precision,
+        held=config.held,
     )
 
 

@@ -190,7 +190,7 @@ def advhash(
             checkpoint=_checkpoint(out),
             penalty=victim.penalty,
         )
-    facts = {"target": target.name, "agreement": result.curves["agreement"][-1:]}
+    facts = {"target": target.name, "agreement": result.curves.get("agreement", [])[-1:]}
     _store(result, out, {"model": model, "defense": defense, "preset": preset, **facts})
 
 
