@@ -21,12 +21,15 @@ UPLOAD = 16 * 2**20
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
-.pair-lab .say { margin: .3rem 0; color: var(--body-text-color-subdued); }
-.pair-lab .say strong { color: var(--body-text-color); }
+#samples .gallery { display: grid; grid-template-columns: repeat(6, 1fr); gap: .4rem; }
+#samples .gallery-item, #samples .gallery-item .container { width: 100%; height: auto;
+  margin: 0; padding: 0; aspect-ratio: 1; overflow: hidden; }
+#samples .gallery-item img { width: 100%; height: 100%; max-width: none; object-fit: cover; }
+.pair-lab .say { margin: .3rem 0; color: var(--body-text-color); }
 .pair-lab h3 { margin: 1.2rem 0 .2rem; font-size: 1.05rem; }
 .pair-lab figure { margin: 0; }
 .pair-lab figcaption { font-size: .8rem; line-height: 1.3; margin-top: .25rem;
-  color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+  color: var(--body-text-color); overflow-wrap: anywhere; }
 .pair-lab img { width: 100%; aspect-ratio: 1; display: block; border-radius: 6px;
   border: 3px solid transparent; margin: 0; }
 .pair-lab ul.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr));
@@ -41,6 +44,8 @@ footer { display: none !important; }
 .pair-lab .bar i { display: block; height: 6px; border-radius: 3px; background: #2f7fb8; }
 @media (max-width: 720px) { .pair-lab .hits { grid-template-columns: repeat(4, 1fr); } }
 """
+SCROLL = """() => document.querySelector("#result").scrollIntoView(
+  { behavior: "smooth", block: "start" })"""
 ABOUT = """# Attack a picture, watch the defense
 
 Choose a picture and a patch, and say for which search the picture shall appear. The attack then
@@ -144,8 +149,9 @@ def page(scene: Scene) -> Any:
                 )  # fmt: skip
                 if scene.samples:
                     gradio.Examples(
-                        [[str(path)] for path in scene.samples], photo, label="Or one of these"
-                    )
+                        [[str(path)] for path in scene.samples], photo,
+                        label="Or one of these", elem_id="samples",
+                    )  # fmt: skip
             with gradio.Column(min_width=280):
                 kind = gradio.Radio(list(KINDS), value=KINDS[0], label="Patch")
                 text = gradio.Textbox(label="Text on it", max_length=80, elem_id="text")
@@ -183,6 +189,8 @@ def page(scene: Scene) -> Any:
             for button, attack in ((start, True), (plain, False))
         ]
         halt.click(None, cancels=running)
+        for button in (start, plain):
+            button.click(None, js=SCROLL)
     return blocks
 
 

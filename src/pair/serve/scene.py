@@ -105,7 +105,7 @@ class Scene:
             if counts[label] <= per_class:
                 files.append((path, label))
         photos = load_batch([path for path, _ in files], clip.image_size)
-        samples = [path for path, _ in embedded.ads()[:12]]
+        samples = [path for path, _ in embedded.ads()[:6]]
         made = Purifier.from_pretrained(purifier).requires_grad_(False)
         return cls(clip, made, photos, [label for _, label in files], samples)
 
