@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -28,7 +29,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pair import cli
+from pair.commands.purify import _shares
 from pair.generator import GeneratorConfig, MaskedAutoencoder
+from pair.guard import pipeline
 from pair.guard.folder import Summary, fingerprint, purify_folder
 from pair.guard.pipeline import image_seed
 from pair.guard.plan import output_name
@@ -635,6 +638,27 @@ def test_killed_between_writing_and_renaming(collection, undisturbed, model, tmp
     assert len(list(tmp_path.rglob(".pair-*.partial"))) == 1
     assert len(list(tmp_path.glob("*/[!.]*"))) == 58  # one of 59 was the record
     finish(collection, tmp_path, model, undisturbed)
+
+
+def test_time_is_accounted_for_where_it_goes(tmp_path, purifier, monkeypatch):
+    """Waiting for decoding, computing, waiting for writing: together the time of the run."""
+    source = photos(tmp_path / "in", [f"{i:02}.png" for i in range(10)])
+    for stage, name in (("decode", "load"), ("purify", "compute"), ("write", "write")):
+        real = getattr(pipeline, name)
+
+        def slow(*args, real=real, **options):
+            time.sleep(0.3)
+            return real(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pair.guard.folder.{name}", slow)
+            begin = time.perf_counter()
+            summary = purify_folder([source], tmp_path / stage, purifier, batch_size=2)
+            wall = time.perf_counter() - begin
+        seconds = summary.seconds
+        assert max(seconds, key=seconds.get) == stage, seconds
+        assert sum(seconds.values()) <= wall
+        assert re.fullmatch(r"decode \d+ %, purify \d+ %, write \d+ %", _shares(summary))
 
 
 def test_memory_does_not_grow_with_the_collection(tmp_path, purifier, monkeypatch):

@@ -1,6 +1,6 @@
 """Purify files and folders: resumable, one bad file never stops the rest.
 
-Decoding runs ahead in threads, the purifier computes, a thread writes; at most a few batches of
+Decoding runs ahead in threads, the purifier computes, threads write; at most a few batches of
 small images are in memory, and one full-size picture per decoding thread.
 """
 
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -29,6 +29,7 @@ from pair.images import MAX_PIXELS
 from pair.purifier import Purifier
 
 _WORKERS = 2  # decoding threads
+_WRITERS = 4  # a file that must be safe on the disk is mostly waited for
 
 
 @dataclass
@@ -42,6 +43,11 @@ class Summary:
     ignored: int = 0  # not named like an image
     stopped: bool = False
     failures: Path | None = None
+    # Where the wall time went. Decoding and writing run beside the purifier: what counts here is
+    # how long it waited for them.
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("decode", "purify", "write"), 0.0), compare=False
+    )
 
     @property
     def finished(self) -> int:
@@ -129,28 +135,41 @@ def _run(
 
     for error in plan.unreadable:
         fail(error.filename, f"the folder cannot be read: {error.strerror}")
-    writing: deque[Future[list[Item]]] = deque()
+    writing: deque[list[Future[list[Item]]]] = deque()  # batches, each in as many parts as writers
 
     def account(ahead: int) -> None:
         while len(writing) > ahead:
-            for item in writing.popleft().result():
+            for item in (i for part in writing.popleft() for i in part.result()):
                 if item.reason:
                     fail(item.job.source, item.reason)
                 else:
                     summary.purified += 1
             progress(summary)
 
+    def spent(stage: str, since: float) -> float:
+        now = time.perf_counter()
+        summary.seconds[stage] += now - since
+        return now
+
     closing = Event()
-    with ThreadPoolExecutor(_WORKERS) as readers, ThreadPoolExecutor(1) as writer:
+    writers = 1 if purifier.restore_size else _WRITERS  # full-size pictures one at a time
+    with ThreadPoolExecutor(_WORKERS) as readers, ThreadPoolExecutor(writers) as writer:
         decoding = partial(load, purifier.image_size, max_pixels, closing)
         try:
+            clock = time.perf_counter()
             for count, items in ahead(readers, _WORKERS, decoding, batches(plan, batch_size)):
+                clock = spent("decode", clock)
                 if stop():
                     break
                 images = compute(purifier, count, items, seed)
-                writing.append(writer.submit(write, items, images, purifier.restore_size))
+                clock = spent("purify", clock)
+                parts = [items[k::writers] for k in range(writers)]
+                save = partial(write, images=images, restore=purifier.restore_size)
+                writing.append([writer.submit(save, part) for part in parts if part])
                 account(1)
+                clock = spent("write", clock)
             account(0)
+            spent("write", clock)
         finally:
             closing.set()
             readers.shutdown(wait=False, cancel_futures=True)

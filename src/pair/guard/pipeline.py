@@ -106,7 +106,7 @@ def _check_file(path: str) -> int:
     return status.st_mtime_ns
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def compute(purifier: Purifier, count: int, items: list[Item], seed: int | None) -> Tensor:
     """(count, 3, S, S) on the CPU; the places without an image hold nothing of interest."""
     side, device = purifier.image_size, next(purifier.parameters()).device
