@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pair.guard import filters
@@ -94,8 +94,9 @@ def truth(where, row) -> bool:
     return eval(f"a {sign} b", {"a": row[where.field], "b": where.value})
 
 
-@given(TREES, LITERALS, LITERALS, LITERALS, LITERALS)
-def test_parsed_filters_mean_what_they_say(tree, *pairs):
+@settings(deadline=None, max_examples=60)
+@given(TREES, st.lists(LITERALS, max_size=4))
+def test_parsed_filters_mean_what_they_say(tree, pairs):
     text, meaning = tree
     row = {"s": "", "n": 0, "f": 0.0, "b": False, **dict(pairs)}
     where = filters.parse(text, FIELDS)

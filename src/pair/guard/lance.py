@@ -12,7 +12,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ KEEP_VERSIONS = timedelta(hours=1)  # readers of an older state have that long t
 PARTITION = 4096  # rows per partition of an index, about
 PROBES, REFINE = 20, 10
 TRIES = 12
+CONFLICT = "onflict"  # in upper or lower case, in LanceDB's messages
 _DISK = {
     "No space left": errno.ENOSPC,
     "os error 28": errno.ENOSPC,
@@ -62,6 +63,8 @@ def _plain_errors(place: str, doing: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         number = next((n for sign, n in _DISK.items() if sign in text), None)
         reason = os.strerror(number) if number else text[:200]
+        if CONFLICT in text and CONFLICT not in reason:
+            reason = f"c{CONFLICT} of writers: {reason}"
         told = OSError(f"cannot {doing} the collection in {place}: {reason}")
         told.errno = number
         raise told from error
@@ -115,15 +118,20 @@ class LanceStore:
         return cls(place, name, table)
 
     def insert(self, rows: Sequence[Row]) -> int:
+        if not rows:
+            return 0
         data = _table(rows, self.layout)
+        merge = self.table.merge_insert("id").when_not_matched_insert_all()
+        return int(self._commit(lambda: merge.execute(data).num_inserted_rows, "write to"))
+
+    def _commit(self, action: Callable[[], Any], doing: str) -> Any:
+        """Many writers at a time: a commit may meet another's, and is then tried again."""
         for attempt in range(TRIES):
             try:
-                with _plain_errors(self.place, "write to"):
-                    merge = self.table.merge_insert("id").when_not_matched_insert_all()
-                    return int(merge.execute(data).num_inserted_rows)
+                with _plain_errors(self.place, doing):
+                    return action()
             except OSError as error:
-                # Many writers at once: each commit may meet another's.
-                if "onflict" not in str(error) or attempt == TRIES - 1:
+                if CONFLICT not in str(error) or attempt == TRIES - 1:
                     raise
                 time.sleep(random.uniform(0.05, 0.2) * (attempt + 1))
         raise AssertionError
@@ -141,9 +149,9 @@ class LanceStore:
         for column, values in columns.items():
             conditions += [_in(column, part) for part in chunks(values, 500)]
         removed = 0
-        with _plain_errors(self.place, "write to"):
-            for condition in conditions:
-                removed += int(self.table.delete(condition).num_deleted_rows)
+        for condition in conditions:
+            done = self._commit(lambda c=condition: self.table.delete(c), "write to")
+            removed += int(done.num_deleted_rows)
         return removed
 
     def count(self, where: Filter | None = None) -> int:
@@ -203,28 +211,35 @@ class LanceStore:
         return _matrix(table[column])
 
     def optimise(self, approximate_from: int) -> None:
+        try:
+            self._commit(lambda: self._optimise(approximate_from), "optimise")
+        except OSError as error:
+            if CONFLICT not in str(error):
+                raise
+            # Others write all the time. Nothing is lost; whoever comes last tidies up.
+
+    def _optimise(self, approximate_from: int) -> None:
         from lancedb import index
 
-        with _plain_errors(self.place, "optimise"):
-            self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
-            total = self.table.count_rows()
-            indexed = {c for i in self.table.list_indices() for c in i.columns}
-            if "id" not in indexed and total >= PARTITION:
-                self.table.create_index("id", config=index.BTree())
-            if total < max(approximate_from, 256):
-                return
-            for column, (kind, size) in self.layout.columns().items():
-                if column in indexed:
-                    continue
-                cells = max(1, total // PARTITION)
-                config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
-                if kind == "float":
-                    config = index.IvfPq(
-                        distance_type="cosine",
-                        num_partitions=cells,
-                        num_sub_vectors=_divisor(size, size // 4),
-                    )
-                self.table.create_index(column, config=config)
+        self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
+        total = self.table.count_rows()
+        indexed = {c for i in self.table.list_indices() for c in i.columns}
+        if "id" not in indexed and total >= PARTITION:
+            self.table.create_index("id", config=index.BTree())
+        if total < max(approximate_from, 256):
+            return
+        for column, (kind, size) in self.layout.columns().items():
+            if column in indexed:
+                continue
+            cells = max(1, total // PARTITION)
+            config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
+            if kind == "float":
+                config = index.IvfPq(
+                    distance_type="cosine",
+                    num_partitions=cells,
+                    num_sub_vectors=_divisor(size, size // 4),
+                )
+            self.table.create_index(column, config=config)
 
     def stats(self) -> dict[str, Any]:
         indexes = {}
