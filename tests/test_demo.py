@@ -27,7 +27,8 @@ def few(monkeypatch):
         monkeypatch.setattr(demo.embedded, name, thin(getattr(embedded, name), per))
     monkeypatch.setattr(demo.embedded, "labels", lambda: sorted(CLASSES))
     monkeypatch.setattr(demo, "KEYWORDS", ("laptop",))
-    monkeypatch.setattr(demo, "PAIRS", (("chandelier", "sunflower"),))
+    monkeypatch.setattr(demo, "SOURCES", ("chandelier",))
+    monkeypatch.setattr(demo, "TARGET", "sunflower")
     monkeypatch.setattr(demo, "VIEWS", 4)
     monkeypatch.setattr(demo, "ADS", 2)
 
