@@ -28,11 +28,15 @@ RESAMPLES = 1000
 
 @dataclass
 class Value:
-    """A mean with its interval, in percent; ``grey`` names the checks that failed."""
+    """A mean with its interval, in percent; ``grey`` names the checks that failed.
+
+    ``single``: one cluster only, so there is no interval to show.
+    """
 
     mean: float | None = None
     low: float = 0.0
     high: float = 0.0
+    single: bool = False
     printed: list[float | None] = field(default_factory=list)  # the paper's, by data set
     grey: list[str] = field(default_factory=list)
     message: str = ""  # why there is no value
@@ -44,6 +48,8 @@ class Value:
         if self.mean is None:
             return "failed" if self.message else "–"
         mark = " †" if self.grey else ""
+        if self.single:
+            return f"{self.mean:.1f}{mark}"
         return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]{mark}"
 
     @property
@@ -148,9 +154,9 @@ def _alone(after: list, k: int, how: str) -> list[float]:
 # --- tables -----------------------------------------------------------------------------------
 
 
-def interval(values: list[float], groups: list[Any]) -> tuple[float, float, float]:
+def interval(values: list[float], groups: list[Any]) -> tuple[float, float, float, bool]:
     """Mean over groups with its 95 % cluster-bootstrap interval, in percent."""
-    return _interval(tuple(values), tuple(groups))
+    return *_interval(tuple(values), tuple(groups)), len(set(groups)) == 1
 
 
 @lru_cache(maxsize=4096)  # a report shows the same value on several pages
