@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -22,7 +25,7 @@ from pair.data.sets import Dataset, Record
 from pair.data.sets.huggingface import read_row
 from pair.images import load_image, resize, resize_crop
 
-WAITING = 8  # batches that may lie decoded and unread
+WAITING = 64  # slices of batches that may lie decoded and unread
 
 Job = tuple[Path, int, int, int, bool]
 
@@ -61,6 +64,19 @@ def _decode_many(jobs: list[Job]) -> np.ndarray:
     return np.stack([_decode(job) for job in jobs])
 
 
+def _begin() -> None:
+    """What a worker does first: leave Ctrl-C to its parent, and die with it, however that dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Decoder:
     """A pool of decoding processes; with ``workers=0`` this process decodes."""
 
@@ -75,7 +91,7 @@ class Decoder:
         if self._pool is None:
             # Fresh processes: a forked one would carry the parent's memory, page by page.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=context)
+            self._pool = ProcessPoolExecutor(self.workers, context, _begin)
         part = -(-len(jobs) // self.workers)
         return [
             self._pool.submit(_decode_many, jobs[at : at + part])
@@ -205,5 +221,5 @@ def broken(
     jobs = ((r.path, r.offset, r.size, 8, False) for r in records)
     if not workers:
         return [told for told in progress(map(_verdict, jobs)) if told]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _begin) as pool:
         return [told for told in progress(pool.imap(_verdict, jobs, chunksize=64)) if told]

@@ -60,6 +60,9 @@ DATA = [
 ]
 
 
+OURS = {"caltech101", "imagenette", "flickr8k"}  # what the shipped models were trained on
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a model folder of any kind."""
     path = folder / hub.CONFIG
@@ -74,21 +77,33 @@ def card(name: str, config: dict[str, Any]) -> str:
     what, limits = WHAT[kind]
     run = config.get("training", {})
     labelled = kind in ("clip", "csq", "at", "hm")
-    lines = [f"# {name}", "", f"{what}.", "", "## Data", "", *DATA, ""]
-    if labelled:
+    photos = config.get("photos", {})
+    ours = OURS.issuperset(photos)
+    lines = [f"# {name}", "", f"{what}.", "", "## Data", ""]
+    if ours:
+        lines += [*DATA, ""]
+    else:
+        limits = "Nobody has described them: say here what it was tested for and what it fails at."
+        lines += ["| data set | photos, all splits |", "|---|--:|"]
+        lines += [f"| {k} | {v:,} |" for k, v in photos.items()]
+        digest = run.get("inputs", {}).get("photos", "not recorded")
+        lines += ["", f"SHA-256 of the list of photos: {digest}. Check their licences.", ""]
+    if labelled and ours:
         lines += [
             "Only photos with a class name were used: no faces, no background, no Flickr8k.",
             "",
         ]
     start = run.get("task", {}).get("init")
     origin = f"starting from `{start}`" if start else "from random weights"
+    recipe = ("configs/small/" if ours else "") + config.get("recipe", "")
     lines += [
         "## Recipe",
         "",
-        f"`pair train {kind} --recipe configs/small/{config.get('recipe', '')}`, {origin}",
+        f"`pair train {kind} --recipe {recipe}`, {origin}",
         "",
         f"{run.get('images_seen', 0):,} images in {run.get('step', 0):,} steps; "
-        f"{run.get('seconds', 0) / 60:.0f} minutes on one core of a shared 2-core CPU machine.",
+        f"{run.get('seconds', 0) / 60:.0f} minutes"
+        + (" on one core of a shared 2-core CPU machine." if ours else "."),
         "",
         "```json",
         json.dumps({k: run.get(k) for k in ("loop", "task")}, indent=1),
@@ -101,5 +116,6 @@ def card(name: str, config: dict[str, Any]) -> str:
     ]
     lines += [f"| {k} | {v} |" for k, v in run.get("validation", {}).items() if k != "score"]
     lines += ["", "## Limits", "", limits, "", "## Licence", ""]
-    lines += ["Apache-2.0 for these weights, which we trained ourselves from scratch.", ""]
+    own = "Apache-2.0 for these weights, which we trained ourselves from scratch."
+    lines += [config.get("licence") or (own if ours else "Say here what applies."), ""]
     return "\n".join(lines)

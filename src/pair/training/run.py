@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -192,7 +193,7 @@ def run(
         if getattr(task, "licence", "").startswith("CC BY-NC") and world.first:
             echo(f"note: {NOTICE}")
         inputs = {"photos": photos.fingerprint(), **getattr(task, "inputs", dict)()}
-        facts = {"recipe": recipe.name if recipe else ""}
+        facts = {"recipe": recipe.name if recipe else "", "photos": dict(Counter(photos.datasets))}
         return train(task, loop, out, facts, echo, world=world, inputs=inputs, track=track)
     finally:
         photos.close()
