@@ -158,6 +158,34 @@ def test_searches(tiny):
 
 
 @pytest.mark.integration
+def test_hidden_tokens_never_enter_the_transformer(tiny):
+    images = torch.rand(3, 3, 48, 48)
+    shown = torch.ones(3, 1, 48, 48, dtype=torch.bool)
+    with torch.no_grad():
+        whole = tiny.encode_visible(images, shown)
+        torch.testing.assert_close(whole, tiny.encode_image(images), atol=1e-5, rtol=1e-4)
+        shown[0, :, :16, :16] = False  # one token of nine
+        shown[1, :, 10:40, 20:30] = False  # six that it touches
+        part = tiny.encode_visible(images, shown)
+        noise = torch.where(shown, images, torch.rand(3, 3, 48, 48))
+        assert torch.equal(part[:2], tiny.encode_visible(noise, shown)[:2])
+        assert float((part - whole)[:2].abs().amax(1).min()) > 1e-4
+        torch.testing.assert_close(part[2], whole[2], atol=1e-5, rtol=1e-4)
+        # By hand: the transformer on the tokens that are left.
+        tower = tiny.model.visual
+        tokens = tower._embeds(tiny.preprocess(images[:1]))
+        kept = torch.cat([tokens[:, :1], tokens[:, 2:]], 1)
+        alone = tower._pool(tower.transformer(kept))[0] @ tower.proj
+        torch.testing.assert_close(part[:1], alone, atol=1e-5, rtol=1e-4)
+        # Other sizes: the mask is resized with the image.
+        large = torch.ones(1, 1, 96, 96, dtype=torch.bool)
+        large[..., :32, :32] = False
+        assert tiny.encode_visible(torch.rand(1, 3, 96, 96), large).shape == whole[:1].shape
+        with pytest.raises(ValueError, match="no whole token"):
+            tiny.encode_visible(images, torch.zeros_like(shown))
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_local_folder_and_files_load_equally(open_clip, weights, tiny, tmp_path, suffix):
     from safetensors.torch import save_file

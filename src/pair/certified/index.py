@@ -145,9 +145,9 @@ class CertifiedIndex:
             left = bound.masked_fill(~rest, -torch.inf)
             edge = left.topk(min(first, int(rest.sum()))).values[-1]
             some = (rest & (bound >= edge)).nonzero()[:, 0]
-            some = some[bound[some].argsort(descending=True, stable=True)].tolist()
-            for start in range(0, len(some), size):
-                yield some[start : start + size]
+            items = some[bound[some].argsort(descending=True, stable=True)].tolist()
+            for start in range(0, len(items), size):
+                yield items[start : start + size]
             rest[some], first = False, len(bound)
 
     def _plain_scores(self, query: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def measure_votes(
     """Codes by majority over the views of ``model``, whose cover shows small blocks
     (:func:`pair.certified.covering.visible_blocks`); arguments as in :func:`measure`."""
     items, patterns = binarise(gallery), model.cover.patterns
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(len(images)):
         bits = binarise(model.embed(encoder, images[i : i + 1]).masked[0])  # (V, K)
         wanted, code = relevant[i], votes.vote(bits)

@@ -158,7 +158,7 @@ def _evidence(records: list[Record]) -> Table:
             drops = [f"{v:.2f}" for v in r["drop_quantiles"].values()]
             alarms = [100 * v for d, v in r["alarms"].items() if d not in ("0", "inf")]
             rows.append([f"{r['patch']:g}", str(r["made_views"]), *drops, *alarms])
-    found = next(iter(_cells(records, "evidence")), {"alarms": {}})
+    found: Record = next(iter(_cells(records, "evidence")), {"alarms": {}})
     deltas = [f"alarms at {d}" for d in found["alarms"] if d not in ("0", "inf")]
     return {
         "columns": ["patch", "views", "drop, median", "95 %", "99 %", *deltas],
@@ -196,7 +196,7 @@ def _queries(records: list[Record]) -> Table:
             lists = (m["union_size"], m["intersection_size"])
             row = [r["target"], f"{r['patch']:g}", str(r["made_views"]), *sizes]
             rows.append([*row, *(100 * m[n] for n in names), *lists])
-    found = next((r["facts"] for r in records if r["kind"] == "query"), {})
+    found: Record = next((r["facts"] for r in records if r["kind"] == "query"), {})
     return {
         "columns": columns,
         "rows": rows,

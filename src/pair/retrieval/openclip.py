@@ -104,6 +104,39 @@ class OpenClip(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         return self.model.encode_image(self.preprocess(images))
 
+    def encode_visible(self, images: Tensor, shown: Tensor) -> Tensor:
+        """Features from the visible tokens alone: those with a hidden pixel never enter the
+        transformer. ``shown`` (B, 1, H, W) is False where images (B, 3, H, W) are hidden; what lies
+        there must have been replaced already, because resizing smears it over its neighbours.
+
+        Raises ``ValueError`` for towers other than open_clip's own vision transformers.
+        """
+        tower = self.model.visual
+        if not all(hasattr(tower, name) for name in ("_embeds", "transformer", "_pool", "proj")):
+            raise ValueError(
+                f"{self.name} has no tokens to leave out: use another fill than 'drop'"
+            )
+        tokens = tower._embeds(self.preprocess(images))  # (B, 1 + N, width), class token first
+        weight = fit(
+            shown.to(images).expand(-1, 3, -1, -1), self.size, self.resize_mode, self.interpolation
+        )[:, :1]
+        # A token is visible if every pixel that its own pixels were made of is.
+        grid = tuple(s // p for s, p in zip(self.size, tower.patch_size, strict=True))
+        seen = (-F.adaptive_max_pool2d(-weight, grid) > 1 - 1e-4).flatten(1)  # (B, N)
+        if not bool(seen.any(1).all()):
+            raise ValueError("a view shows no whole token of this encoder: use more views")
+        out: list[Tensor] = [tokens[:0]] * len(tokens)
+        counts = seen.sum(1)
+        for count in counts.unique():  # rows of equal length need no padding
+            rows = (counts == count).nonzero()[:, 0]
+            kept = seen[rows].nonzero()[:, 1].view(len(rows), -1)
+            part = tokens[rows[:, None], torch.cat([kept.new_zeros(len(rows), 1), kept + 1], 1)]
+            pooled = tower._pool(tower.transformer(part))[0]
+            pooled = pooled if tower.proj is None else pooled @ tower.proj
+            for row, features in zip(rows.tolist(), pooled, strict=True):
+                out[row] = features
+        return torch.stack(out)
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.model.encode_text(self.tokenizer(texts).to(self.mean.device))
