@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -37,7 +38,9 @@ class Browser:
         port = Path(self.profile.name) / "DevToolsActivePort"
         self._until(lambda: port.is_file() and "\n" in port.read_text())
         number, path = port.read_text().split()
-        self.socket = connect(f"ws://127.0.0.1:{number}{path}", max_size=None)
+        self.stack = ExitStack()
+        address = f"ws://127.0.0.1:{number}{path}"
+        self.socket = self.stack.enter_context(connect(address, max_size=None))
         self.number, self.session = 0, ""
         self.outside: list[str] = []
         self.errors: list[str] = []
@@ -51,7 +54,7 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.socket.close()
+        self.stack.close()
         self.process.terminate()
         self.process.wait(20)
         self.profile.cleanup()

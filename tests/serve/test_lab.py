@@ -56,9 +56,12 @@ def test_an_attack_brings_the_picture_nearer_to_the_words(scene, image, knows):
     target = scene.text("red").mean(0)
 
     def cosine(picture: torch.Tensor) -> float:
-        if knows:
-            picture = scene.purifier(picture[None].expand(30, -1, -1, -1)).mean(0)
-        return float(F.cosine_similarity(scene.encoder.encode_image(picture[None]), target[None]))
+        images = picture[None]
+        if knows:  # the same masks for both pictures
+            draws = torch.Generator().manual_seed(1)
+            images = scene.purifier(images.expand(50, -1, -1, -1), generator=draws)
+        features = scene.encoder.encode_image(images).mean(0)
+        return float(F.cosine_similarity(features, target, dim=0))
 
     with torch.no_grad():
         assert cosine(last.picture) > cosine(patch.apply(image[None])[0])
@@ -119,11 +122,9 @@ def test_a_whole_turn_without_a_page(scene, tmp_path):
     for words in ("pass 2: purified", "Search without defense", "Search with PAIR", "of 11"):
         assert words in pages[-1]
     assert "attack: step" not in "".join(run(scene, str(path), *settings, False))
-    hostile = list(
-        run(scene, str(path), *settings[:5], "<script>alert(1)</script>", 10, False, False)
-    )
-    assert "<script>" not in hostile[-1]
-    for photo, words in ((None, "picture first"), (str(tmp_path), "")):
+    script = "<script>alert(1)</script>"
+    assert script not in list(run(scene, str(path), *settings[:5], script, 10, False, False))[-1]
+    for photo, words in ((None, "picture first"), (str(tmp_path), "irectory")):
         with pytest.raises((ValueError, OSError), match=words):
             list(run(scene, photo, *settings, True))
 
@@ -151,12 +152,9 @@ def test_the_page_in_a_browser(scene, tmp_path):
         browser.wait("document.querySelectorAll('.pair-lab .hits').length == 2")
         text = browser.run("document.querySelector('.pair-lab').innerText")
         assert "Search with PAIR" in text and "pass 2: purified" in text
-        alts = "[...document.querySelectorAll('.pair-lab img')].every(i => i.alt && i.naturalWidth)"
-        assert browser.run(alts)
-        order = (
-            "[...document.querySelectorAll('button, input, textarea')].filter(e => e.tabIndex < 0"
-        )
-        assert browser.run(f"{order} && e.id == 'attack').length") == 0
+        images = "[...document.querySelectorAll('.pair-lab img')]"
+        assert browser.run(f"{images}.every(i => i.alt && i.naturalWidth)")
+        assert browser.run("document.querySelector('#attack').tabIndex") == 0
         for width, dark in ((1100, True), (390, False), (390, True)):
             browser.look(width, 900, dark)
             assert not browser.overflows()
