@@ -1,14 +1,16 @@
 """Collections in Milvus: a server or cluster, or a file of Milvus Lite.
 
 ``id`` is the primary key and rows go in by upsert, so the same row twice is one row. The record of
-a collection is the description of its schema. Codes are native binary vectors; where the server
-has none (Milvus Lite 3), they are stored as floats of +-1, whose inner product ranks the same.
-A token is read from the environment variable ``PAIR_MILVUS_TOKEN``.
+a collection is the description of its schema, or a row beside it where none is kept. Codes are
+native binary vectors; where the server has none (Milvus Lite 3), they are stored as floats of +-1,
+whose inner product ranks the same. A token is read from the environment variable
+``PAIR_MILVUS_TOKEN``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from pair.guard.stores import FIXED, Layout, Row, chunks
 TEXT = 65_535  # bytes in a text
 TOKEN = "PAIR_MILVUS_TOKEN"
 EVERYTHING = 'id != ""'
+RECORD = "__record"
 _TYPES = {"str": "VARCHAR", "int": "INT64", "float": "DOUBLE", "bool": "BOOL"}
 
 
@@ -55,11 +58,21 @@ def _connect(place: str) -> Any:
             raise ValueError(
                 f"{place} needs Milvus Lite: pip install milvus-lite, or use a server's address"
             ) from error
+        # Milvus Lite 3 logs a stack trace for each call of the client that it does not need.
+        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
         place = os.path.abspath(place)
         if not Path(place).parent.is_dir():
             raise ValueError(f"there is no folder {Path(place).parent}")
     with _plain_errors(place, "reach"):
         return library.MilvusClient(place, token=os.environ.get(TOKEN, ""), timeout=30)
+
+
+def _lite_without_bits(place: str) -> bool:
+    if "://" in place or place.startswith("unix:"):
+        return False
+    from importlib.metadata import version
+
+    return int(version("milvus-lite").partition(".")[0]) >= 3
 
 
 class MilvusStore:
@@ -76,7 +89,7 @@ class MilvusStore:
         with _plain_errors(place, "create"):
             if client.has_collection(name):
                 raise ValueError(f"there is a collection {place}#{name} already")
-            for binary in (True, False):
+            for binary in (False,) if _lite_without_bits(place) else (True, False):
                 record = {**record, "binary": binary}
                 try:
                     _create(client, name, layout, record)
@@ -87,6 +100,8 @@ class MilvusStore:
                     words = str(error).lower()
                     if not (binary and layout.bits and ("binary" in words or "type" in words)):
                         raise
+            if client.describe_collection(name)["description"] != json.dumps(record):
+                _keep_record(client, name, record)
             client.load_collection(name)
         return cls(client, place, name, record)
 
@@ -99,11 +114,14 @@ class MilvusStore:
         with _plain_errors(place, "open"):
             if not client.has_collection(name):
                 raise ValueError(missing)
-            facts = client.describe_collection(name)
+            text = client.describe_collection(name)["description"]
+            if not text and client.has_collection(name + RECORD):
+                client.load_collection(name + RECORD)
+                found = client.query(name + RECORD, filter=EVERYTHING, output_fields=["record"])
+                text = found[0]["record"] if found else ""
             client.load_collection(name)
         try:
-            record = json.loads(facts["description"])
-            return cls(client, place, name, record)
+            return cls(client, place, name, json.loads(text))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{place}#{name} is a collection of another program, not of pair"
@@ -331,6 +349,20 @@ def _create(client: Any, name: str, layout: Layout, record: dict[str, Any]) -> N
             schema.add_field(column, kinds.FLOAT_VECTOR, dim=size)
             params.add_index(column, index_type="FLAT", metric_type="IP")
     client.create_collection(name, schema=schema, index_params=params)
+
+
+def _keep_record(client: Any, name: str, record: dict[str, Any]) -> None:
+    """A collection of one row beside it, where descriptions are not kept (Milvus Lite 3)."""
+    kinds = _library().DataType
+    schema = client.create_schema(auto_id=False)
+    schema.add_field("id", kinds.VARCHAR, is_primary=True, max_length=32)
+    schema.add_field("record", kinds.VARCHAR, max_length=TEXT)
+    schema.add_field("vector", kinds.FLOAT_VECTOR, dim=2)  # there must be one
+    params = client.prepare_index_params()
+    params.add_index("vector", index_type="FLAT", metric_type="COSINE")
+    client.create_collection(name + RECORD, schema=schema, index_params=params)
+    row = {"id": "record", "record": json.dumps(record), "vector": [1.0, 0.0]}
+    client.upsert(name + RECORD, [row])
 
 
 def _row(entity: dict[str, Any]) -> Row:
