@@ -72,6 +72,28 @@ def test_tth_takes_captions_and_a_warm_start(folder, tmp_path):
              tmp_path / "q", "--model", folder / "clip")  # fmt: skip
 
 
+def test_tth_in_other_shapes_for_print_with_few_carriers_until_it_levels_off(folder, tmp_path):
+    base = ("attack", "tth", folder / "ads", "--keyword", "laptop", "--model", folder / "clip",
+            "--size", 0.5)  # fmt: skip
+    said = pair(*base, "--shape", "circle", "--printed", "--carriers", 1, "--preset", "std",
+                "--steps", 3, "--out", tmp_path / "disc")  # fmt: skip
+    assert "3 updates, at most 3 sample gradients" in said
+    disc = Patch.load(tmp_path / "disc")
+    assert disc.mask[0, 0] == 0 and disc.mask[8, 8] == 1 and disc.notes["gradients_used"] == 3
+    pair(*base, "--shape", "frame:0.25", "--steps", 2, "--out", tmp_path / "ring")
+    ring = Patch.load(tmp_path / "ring")
+    assert ring.mask[8, 8] == 0 and float(ring.mask.mean()) == 0.75
+    pair(*base, "--steps", 500, "--lr", 1e-7, "--plateau", 3, "--out", tmp_path / "flat")
+    assert Patch.load(tmp_path / "flat").notes["stopped"] == "plateau"
+    for words, message in (
+        (("--shape", "heart"), "no shape 'heart'"),
+        (("--shape", "frame:0.6"), "no shape 'frame:0.6'.*leaves no middle"),
+        (("--carriers", 9), "carriers must lie in 1 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pair(*base, *words, "--out", tmp_path / "no")
+
+
 def test_a_defense_is_attacked_through(folder, tmp_path):
     said = pair(
         "attack", "tth", folder / "ads", "--keyword", "laptop", "--defense", "blur", "--out",

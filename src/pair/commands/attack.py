@@ -34,6 +34,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the expected cost
 Precision = Annotated[
     str, typer.Option(help="fp32, or bf16: faster on some machines, rougher gradients.")
 ]
+Plateau = Annotated[
+    int | None,
+    typer.Option(min=2, help="Stop when so many steps brought less than 1 % of the gain so far."),
+]
 MicroBatch = Annotated[int, typer.Option(min=1, help="Images computed at a time.")]
 
 
@@ -69,7 +73,17 @@ def tth(
     start: Annotated[
         str | None, typer.Option(help="qr[:text], text:<words>, noise, grey, logo or a picture.")
     ] = None,
+    shape: Annotated[
+        str, typer.Option(help="square, circle, or frame:<border as a share of the patch>.")
+    ] = "square",
+    printed: Annotated[
+        bool, typer.Option("--printed", help="Turn, scale, dim and blur it in every step.")
+    ] = False,
     warm: Annotated[Path | None, typer.Option(help="Continue from this finished patch.")] = None,
+    carriers: Annotated[
+        int | None, typer.Option(min=1, help="Photos per step, drawn anew; default: all.")
+    ] = None,
+    plateau: Plateau = None,
     limit: Limit = 20,
     seed: Seed = 0,
     micro_batch: MicroBatch = 64,
@@ -85,6 +99,7 @@ def tth(
 
     from pair.attacks.keywords import select_captions, target_embedding
     from pair.attacks.patch import Patch
+    from pair.attacks.transforms import PrintTransform
     from pair.attacks.tth import TTHConfig
     from pair.attacks.tth import tth as optimise
     from pair.data.prompts import TRAIN_TEMPLATES, sentences
@@ -94,9 +109,9 @@ def tth(
     changes: dict[str, Any] = {
         "steps": steps, "eot": eot, "lr": lr, "distortion": distortion, "size": size,
         "placement": placement, "start": start, "micro_batch": micro_batch,
-        "precision": precision,
+        "precision": precision, "carriers": carriers, "plateau": _plateau(plateau),
     }  # fmt: skip
-    if start is not None or warm is not None:
+    if start is not None or warm is not None or shape != "square":
         changes["restarts"] = ()
     config = TTHConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
     victim, config = _victim(encoder, defense, config, eot)
@@ -111,6 +126,8 @@ def tth(
     if not _announce(config, victim, images, dry_run):
         return
     patch = None if warm is None else Patch.load(warm).fit(encoder.image_size)
+    if warm is None and shape != "square":
+        patch = _shaped(shape, config, encoder.image_size, seed)
     with _bar() as progress:
         result = optimise(
             victim.features,
@@ -122,6 +139,7 @@ def tth(
             progress=progress,
             checkpoint=_checkpoint(out),
             penalty=victim.penalty,
+            transform=PrintTransform() if printed else None,
         )
     facts = {"keyword": keyword, "captions": len(lines)}
     _store(result, out, {"model": model, "defense": defense, "preset": preset, **facts})
@@ -140,6 +158,7 @@ def advhash(
     budget: Annotated[int | None, typer.Option(min=1, help="Updates in all, at most.")] = None,
     eot: Eot = None,
     size: Size = None,
+    plateau: Plateau = None,
     limit: Limit = 50,
     seed: Seed = 0,
     micro_batch: MicroBatch = 64,
@@ -166,8 +185,11 @@ def advhash(
         "size": size,
         "micro_batch": micro_batch,
         "precision": precision,
+        "plateau": _plateau(plateau),
     }
     config = AdvHashConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
+    if config.plateau is not None and config.optimiser == "sign":
+        raise ValueError("--plateau is for the presets std, strong and max: AdvHash ends by itself")
     if config.compat and defense is not None:
         raise ValueError(
             f"preset {preset!r} leaves the range [0, 1], which a defense refuses: use another"
@@ -271,6 +293,34 @@ def _victim(
     if victim.samples == 1 and eot is None:
         config = replace(config, eot=1)
     return victim, config
+
+
+def _plateau(window: int | None) -> tuple[int, float] | None:
+    return None if window is None else (window, 0.01)
+
+
+def _shaped(shape: str, config: Any, image_size: int, seed: int) -> Any:
+    """A start of the configured size and place that is not a full square."""
+    import torch
+
+    from pair.attacks import carriers
+    from pair.attacks.patch import Patch
+
+    side = carriers.pixels(config.size, image_size)
+    kind, _, border = shape.partition(":")
+    try:
+        if kind == "circle" and not border:
+            mask = carriers.circle(side)
+        elif kind == "frame" and border:
+            mask = carriers.frame(side, side, max(1, int(float(border) * side)))
+        else:
+            raise ValueError("not known")
+    except ValueError as error:
+        raise ValueError(f"no shape {shape!r}: use square, circle or frame:0.2 ({error})") from None
+    generator = torch.Generator().manual_seed(seed)
+    return Patch.make(
+        config.start, side, image_size, config.placement, mask=mask, generator=generator
+    )
 
 
 def _announce(config: Any, victim: Adaptive, images: Tensor, dry_run: bool) -> bool:

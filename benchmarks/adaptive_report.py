@@ -1,0 +1,106 @@
+"""One table from the files of ``adaptive.py``: means over keywords with intervals, and S1-S12."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from pair.attacks import sanity
+from pair.files import write_atomic
+from pair.retrieval.statistics import summarise
+
+
+def merge(folder: Path, out: Path) -> None:
+    files = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+    files = [f for f in files if f["checks"] is not None]
+    if not files:
+        raise SystemExit(f"{folder} has no finished keyword")
+    if len({json.dumps(f["facts"]["models"]) for f in files}) > 1:
+        raise SystemExit(f"the keywords in {folder} were measured with different models")
+    rows = []
+    for name in sorted({group(n) for f in files for n in f["runs"]}, key=order):
+        curves = [[r["points"] for n, r in f["runs"].items() if group(n) == name] for f in files]
+        for i in range(len(curves[0][0])):
+            steps, gradients = (curves[0][0][i][k] for k in ("steps", "gradients"))
+            cells = [interval([[c[i][figure] for c in runs] for runs in curves])
+                     for figure in ("share", "any")]  # fmt: skip
+            if steps:
+                rows.append([name, f"{steps:,}", f"{gradients:,}", *cells])
+    keywords = [f["facts"]["keyword"] for f in files]
+    table = {
+        "columns": ["attack", "steps", "gradients", "share of ads in top 10, %", "any ad, %"],
+        "rows": rows,
+        "note": (
+            f"Keywords {', '.join(keywords)}; 10 advertisements, 5 held-out queries each, 5 fresh "
+            "purifications per picture; 736 photos. A gradient is that of one picture under one "
+            f"mask; PAIR's curves draw {files[0]['facts']['carriers per update']} of the ten "
+            "pictures per step. In brackets: 95 % bootstrap interval over keywords and draws "
+            "(few keywords: read it as a range). Without a patch the shares are those of "
+            f"{unattacked(files)}."
+        ),
+        "facts": {k: v for k, v in files[0]["facts"].items() if k not in ("keyword", "masks")},
+        "tables": {"checks": checks(files)},
+    }
+    write_atomic(out, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def group(name: str) -> str:
+    """Runs of one row: the known masks are pooled."""
+    return "known mask, Adam" if name.startswith("known mask") else name
+
+
+def order(name: str) -> tuple[int, int, str]:
+    starts = ("undefended", "known mask", "PAIR, TTH", "PAIR, Adam", "PAIR, BPDA", "whole")
+    return next(i for i, s in enumerate(starts) if name.startswith(s)), len(name), name
+
+
+def interval(values: list[list[list[float]]]) -> str:
+    """``values[keyword][run][draw]`` in [0, 1]."""
+    flat = [v for runs in values for draws in runs for v in draws]
+    groups = [k for k, runs in enumerate(values) for draws in runs for _ in draws]
+    found = summarise(torch.tensor(flat), groups, seed=0).macro
+    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def unattacked(files) -> str:
+    text = []
+    for which, name in (("bare", "undefended, Adam"), ("PAIR", "PAIR, Adam, EOT-1")):
+        value = mean(mean(f["runs"][name]["points"][0]["share"]) for f in files)
+        text.append(f"{100 * value:.1f} % ({which})")
+    return " and ".join(text)
+
+
+def checks(files) -> dict:
+    """S1 to S12: in how many keywords each was passed; S2 and S3 over all of them."""
+
+    def last(f, name):
+        return mean(f["runs"][name]["points"][-1]["share"])
+
+    known = [last(f, n) for f in files for n in f["runs"] if n.startswith("known mask")]
+    bare = mean(last(f, "undefended, Adam") for f in files)
+    curve = [[mean(f["runs"]["PAIR, Adam, EOT-1"]["points"][i]["share"]) for f in files]
+             for i in range(len(files[0]["runs"]["PAIR, Adam, EOT-1"]["points"]))]  # fmt: skip
+    together = {"S2": sanity.s2_known_mask(known, bare), "S3": sanity.s3_monotone(curve)}
+    rows = []
+    for name, title in sanity.TITLES.items():
+        if name in together:
+            check = together[name]
+            found = [(check.passed, check.value, check.note)]
+        else:
+            found = [(c["passed"], c["value"], c["note"]) for f in files for c in f["checks"]
+                     if c["name"] == name]  # fmt: skip
+        passed = sum(p is True for p, _, _ in found)
+        values = [v for _, v, _ in found if v is not None]
+        span = "–" if not values else (
+            f"{min(values):.3g}" if len(values) == 1 else f"{min(values):.3g} to {max(values):.3g}"
+        )  # fmt: skip
+        rows.append([name, title, f"{passed} of {len(found)}", span])
+    limits = "known masks against undefended - 0.10" if known else ""
+    return {
+        "columns": ["check", "says", "passed", "value"],
+        "rows": rows,
+        "note": f"Values as `pair.attacks.sanity` defines them ({limits}: {bare - 0.1:.3f}).",
+    }
