@@ -55,6 +55,29 @@ def test_figures_of_a_line_by_hand():
     assert tables.figures(LINES[1], "text", 2, "recall")["relevant"] == [1.0]
 
 
+def rung(label, kind, ranks, attack=None):
+    points = [{"steps": i, "gradients": 10 * i, "inserted": r} for i, r in enumerate(ranks)]
+    row = {"attack": attack or {"rung": kind}}
+    result = {"rung": kind, "eot": 1, "points": points, "checks": []}
+    return line(label, "adaptive", "a", result, facts={"row": row})
+
+
+def test_the_ladder_compares_its_rungs():
+    """Two draws, one query, two pictures: shares rise 0, 50, 75 %, a substitute reaches 100 %."""
+    rises = [[[[9, 9]]] * 2, [[[1, 9]]] * 2, [[[1, 9]], [[1, 1]]]]
+    lines = [
+        rung("full", "curve", rises),
+        rung("falls", "curve", [[[[1, 1]]] * 2, [[[9, 9]]] * 2], {"rung": "curve", "eot": 7}),
+        rung("bpda", "estimator", [[[[1, 1]]] * 2]),
+    ]
+    found = {(c.name, c.note): c for c in tables.ladder_checks(lines, 2)}
+    assert found["S3", "full"].passed and not found["S3", "falls"].passed
+    s7 = found["S7", "strongest other: bpda"]
+    assert (s7.value, s7.threshold, s7.passed) == (0.75, 0.98, False)
+    made = tables.ladder(load("ladder"), [], lines[0]["table"])
+    assert made.rows == []
+
+
 @pytest.fixture
 def table(scenario_file):
     return tables.table(load(str(scenario_file)), LINES, LINES[0]["table"])

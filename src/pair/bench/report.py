@@ -37,7 +37,8 @@ class Section:
 def stamped(bench: Bench, scale: str) -> list[Line]:
     """Lines of a grid with the facts that a table needs."""
     place = {"scale": scale, "tiny": bench.settings.tiny, "k": bench.settings.k,
-             "relevant": bench.settings.relevant, "seeds": bench.settings.seeds}  # fmt: skip
+             "relevant": bench.settings.relevant, "seeds": bench.settings.seeds,
+             "cells": sum(len(bench.of_row(row)) for row in bench.scenario.rows)}  # fmt: skip
     return [{**line, "table": place} for line in tables.lines_of(bench)]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from pair.attacks.sanity import TITLES
+from pair.attacks import sanity
+from pair.attacks.sanity import TITLES, Check
 from pair.bench.grid import Bench
 from pair.bench.scenario import Scenario
 from pair.files import write_atomic
@@ -277,6 +278,8 @@ def _notes(scenario, lines, facts, failures, checks) -> list[str]:
     if facts.get("tiny"):
         setting += " Random models: the numbers mean nothing."
     notes.append(setting)
+    if len(lines) < int(facts.get("cells", 0)):
+        notes.append(f"Unfinished: {len(lines)} of {facts['cells']} cells are measured.")
     if checks:
         details = "; ".join(f"{label}: {', '.join(names)}" for label, names in checks.items())
         notes.append(f"† grey, a sanity check failed for some keyword ({details}).")
@@ -307,21 +310,54 @@ def ladder(scenario: Scenario, lines: list[Line], facts: dict[str, Any]) -> Tabl
             own = []
         if own:
             rows += _rung_rows(label, own, k)
-    checks = _checks(lines)
     columns = ["steps", "masks per step", "gradients", f"share of pictures in top {k}",
                f"any in top {k}"]  # fmt: skip
     notes = _notes(scenario, lines, facts, failures, {})
-    notes += [f"{label}: {_told(label, lines)}" for label in checks]
+    notes += [_told(check) for check in ladder_checks(lines, k)]
     return Table(scenario.name, scenario.title, columns, rows, [False] * len(columns), notes, facts)
 
 
-def _told(label: str, lines: list[Line]) -> str:
+def ladder_checks(lines: list[Line], k: int) -> list[Check]:
+    """S1, S2 and S8 as the rungs found them; S3 and S7 from comparing rungs."""
+    done = [x for x in lines if x["status"] == "done" and x["mode"] == "adaptive"]
     found = [
-        f"{c['name']} ({TITLES[c['name']]}) fails: {c['value']} against {c['threshold']}"
-        for x in lines if x["label"] == label
-        for c in x.get("result", {}).get("checks", []) if c["passed"] is False
-    ]  # fmt: skip
-    return "; ".join(dict.fromkeys(found)) + "."
+        Check(c["name"], c["value"], c["threshold"], c["passed"], f"{x['label']}, {x['unit']}")
+        for x in done
+        for c in x["result"].get("checks", [])
+    ]
+    curves = [x for x in done if x["result"].get("rung") == "curve"]
+    for label in dict.fromkeys(x["label"] for x in curves):
+        levels = [_by_picture(x["result"]["points"], k) for x in curves if x["label"] == label]
+        joined = [[v for level in levels for v in level[i]] for i in range(len(levels[0]))]
+        check = sanity.s3_monotone(joined)
+        found.append(Check("S3", check.value, check.threshold, check.passed, label))
+    substitutes = {x["label"]: x for x in done if x["result"].get("rung") == "estimator"}
+    for other in substitutes.values():
+        point = other["result"]["points"][-1]
+        same = [x for x in curves if x["unit"] == other["unit"]
+                and x["facts"]["row"]["attack"] == {"rung": "curve"}]  # fmt: skip
+        if same:
+            full = _average(_by_picture(same[0]["result"]["points"][-1:], k)[0])
+            own = {other["label"]: _average(_by_picture([point], k)[0])}
+            check = sanity.s7_full_gradient(full, own, 0.02)
+            found.append(Check("S7", check.value, check.threshold, check.passed, check.note))
+    return sorted(found, key=lambda c: int(c.name[1:]))
+
+
+def _by_picture(points: list[dict[str, Any]], k: int) -> list[list[float]]:
+    """Share of draws and queries in which each inserted picture is in the top K, per point."""
+    return [
+        (torch.tensor(p["inserted"], dtype=torch.float64) <= k).double().mean((0, 1)).tolist()
+        for p in points
+    ]
+
+
+def _told(check: Check) -> str:
+    word = {True: "holds", False: "fails", None: "was not measured"}[check.passed]
+    numbers = ""
+    if check.value is not None and check.threshold is not None:
+        numbers = f": {check.value:.3g} against {check.threshold:.3g}"
+    return f"{check.name}, {TITLES[check.name]}, {word}{numbers} ({check.note})."
 
 
 def _rung_rows(label: str, own: list[Line], k: int) -> list[tuple[str, list[Value]]]:
