@@ -199,20 +199,52 @@ def views_and_draws(generator, rounds, clock) -> dict:
     }
 
 
-def table(record: dict) -> dict:
-    """Columns, rows and a note for the documentation."""
-    names = [n for n in LABELS if any(n in c["images/s"] for c in record["cells"])]
-    rows = [
-        [f"{c['geometry']}, batch {c['batch']}", *(c["images/s"].get(n) for n in names),
-         100 * c["share of peak"]]
-        for c in record["cells"]
-    ]  # fmt: skip
-    peak = max(c["peak GFLOP/s"] for c in record["cells"])
+def tables(record: dict) -> dict[str, dict]:
+    """For the documentation: work, pace, and how the ratios stand against what was asked."""
+    cells = record["cells"]
+    names = [n for n in LABELS if any(n in c["images/s"] for c in cells)]
+    label = [f"{c['geometry']}, batch {c['batch']}" for c in cells]
+    pace = [
+        [name, *(c["images/s"].get(n) for n in names), 100 * c["share of peak"]]
+        for name, c in zip(label, cells, strict=True)
+    ]
+    peak = max(c["peak GFLOP/s"] for c in cells)
     note = (
         f"Images per second, {record['clock']} time, {record['threads']} threads, "
         f"{record['cpu']}; fp32 matrix product {peak:.0f} GFLOP/s in the same run."
     )
-    return {"columns": ["two passes", *names, "torch: % of peak"], "rows": rows, "note": note}
+    against = [n for n in names if n != "torch"]
+    ratios = [
+        [name, *(_ratio(c["torch is faster by"].get(n)) for n in against)]
+        for name, c in zip(label, cells, strict=True)
+    ]
+    work = []
+    for name, config in GEOMETRIES.items():
+        first, second = both_passes(config)
+        total = first + second
+        flops, words = 2 * total.multiply_adds / 1e9, total.weight_bytes / 2**20 / 2
+        intensity = [f"{total.intensity(b):.0f}" for b in (1, 8, 32)]
+        sizes = [f"{flops:.2f}", f"{words:.0f}", f"{total.activation_bytes / 2**20:.0f}"]
+        work.append([name, *sizes, *intensity])
+    extra = record["certified views and draws (small)"]
+    found = "" if extra is None else (
+        f"Small geometry: {extra['views']} certified views take "
+        f"{extra['views over single passes']:.2f} of as many single passes, and eight draws "
+        f"{extra['8 draws over 8 times one']:.2f} of eight times one."
+    )  # fmt: skip
+    return {
+        "pace": {"columns": ["two passes", *names, "torch: % of peak"], "rows": pace, "note": note},
+        "ratios": {"columns": ["torch is faster than", *against], "rows": ratios, "note": found},
+        "work": {
+            "columns": ["geometry", "GFLOP per image", "weights, MiB", "activations, MiB per image",
+                        "operations per byte, batch 1", "batch 8", "batch 32"],
+            "rows": work,
+        },
+    }  # fmt: skip
+
+
+def _ratio(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
 
 
 def cpu_name() -> str:
@@ -275,7 +307,7 @@ def main() -> None:
         "cells": cells,
         "certified views and draws (small)": extra,
     }
-    record |= table(record)
+    record["tables"] = tables(record)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(options.out, (json.dumps(record, indent=1) + "\n").encode())

@@ -84,7 +84,10 @@ class Engines:
             return torch.from_numpy(request.infer(arrays)[0])
 
     def _request(self, ragged: bool):
-        weights = tuple((id(p), p._version) for p in self.generator.parameters())
+        # Tensors made in inference mode do not count their changes.
+        weights = tuple(
+            (id(p), 0 if p.is_inference() else p._version) for p in self.generator.parameters()
+        )
         if weights != self.weights:
             self.ready, self.weights = {}, weights
         threads = torch.get_num_threads()

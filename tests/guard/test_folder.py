@@ -7,7 +7,6 @@ import fcntl
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import struct
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -635,30 +635,28 @@ def test_killed_between_writing_and_renaming(collection, undisturbed, model, tmp
     args += ["--batch-size", "4", "--threads", "1"]
     run = subprocess.run([sys.executable, "-c", code, *map(str, args)], check=False)
     assert run.returncode == -9
-    assert len(list(tmp_path.rglob(".pair-*.partial"))) == 1
-    assert len(list(tmp_path.glob("*/[!.]*"))) == 58  # one of 59 was the record
+    assert 1 <= len(list(tmp_path.rglob(".pair-*.partial"))) <= 4  # one per writer
+    done = len(list(tmp_path.glob("*/[!.]*")))
+    assert 55 <= done <= 58  # one of 59 was the record, and each writer may have held one
     finish(collection, tmp_path, model, undisturbed)
 
 
 def test_time_is_accounted_for_where_it_goes(tmp_path, purifier, monkeypatch):
-    """Waiting for decoding, computing, waiting for writing: together the time of the run."""
-    source = photos(tmp_path / "in", [f"{i:02}.png" for i in range(10)])
-    for stage, name in (("decode", "load"), ("purify", "compute"), ("write", "write")):
+    """By a clock that only moves in the stages: 1 s to load, 10 to compute, 100 to write."""
+    source, now = photos(tmp_path / "in", ["a.png"]), [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time_ns=time.time_ns)
+    monkeypatch.setattr("pair.guard.folder.time", clock)
+    for name, cost in (("load", 1), ("compute", 10), ("write", 100)):
         real = getattr(pipeline, name)
 
-        def slow(*args, real=real, **options):
-            time.sleep(0.3)
+        def timed(*args, real=real, cost=cost, **options):
+            now[0] += cost
             return real(*args, **options)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(f"pair.guard.folder.{name}", slow)
-            begin = time.perf_counter()
-            summary = purify_folder([source], tmp_path / stage, purifier, batch_size=2)
-            wall = time.perf_counter() - begin
-        seconds = summary.seconds
-        assert max(seconds, key=seconds.get) == stage, seconds
-        assert sum(seconds.values()) <= wall
-        assert re.fullmatch(r"decode \d+ %, purify \d+ %, write \d+ %", _shares(summary))
+        monkeypatch.setattr(f"pair.guard.folder.{name}", timed)
+    summary = purify_folder([source], tmp_path / "out", purifier)
+    assert summary.seconds == {"decode": 1, "purify": 10, "write": 100}
+    assert _shares(summary) == "decode 1 %, purify 9 %, write 90 %"
 
 
 def test_memory_does_not_grow_with_the_collection(tmp_path, purifier, monkeypatch):
