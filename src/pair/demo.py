@@ -373,9 +373,11 @@ def hash_part(
     # The attacker crawls the index: photos of all other classes. Queries stay unseen.
     others = torch.tensor([label != TARGET for label in labels])
     anchor = net.centres[net.config.classes.index(TARGET)]
-    start = Patch.make(
-        "grey", config.size or HASH_PATCH, SIZE, advhash_patch(SIZE, config).placement
-    )
+    # Starts from a small photo of the target: from grey, some seeds get stuck.
+    place = advhash_patch(SIZE, config)
+    model = photos[labels.index(TARGET)][None]
+    small = F.interpolate(model, place.size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    start = place.with_content(small)
     result = advhash(
         net.encode_image, photos[others], anchor, config=config, patch=start, generator=generator
     )
