@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from pair.attacks.advhash import AdvHashConfig, advhash, advhash_patch
-from pair.attacks.patch import Patch
 from pair.attacks.tth import TTHConfig, tth
 from pair.certified import (
     CertifiedPurifier,
