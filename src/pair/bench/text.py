@@ -19,6 +19,7 @@ from pair.attacks.patch import Patch, Placement
 from pair.attacks.sanity import Check
 from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import Adaptive, as_features
+from pair.bench.checks import checks_of, plain, seeds_of
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.scenario import Row, Settings
 from pair.bench.search import CertifiedSearch, Search
@@ -276,7 +277,7 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         if row.patches:
             patches["submitted"] = Patch.load(f"{row.patches}/{unit}").fit(s.image_size)
         if s.checks:
-            checks = _checks(bench, cell, search, victim, goal, best, notes, start)
+            checks = checks_of(bench, cell, search, victim, goal, best, notes, start)
     selection = _selection(bench, search, target, patches, unit) if len(patches) > 1 else {}
     chosen = min(selection, key=lambda n: selection[n]) if selection else "transfer"
     attacks = {name: insert(bench, row, unit, patch) for name, patch in patches.items()}
@@ -290,9 +291,9 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         "selection": {n: round(v, 6) for n, v in selection.items()},
         "attacks": attacks,
         "details": details,
-        "checks": [_plain(c) for c in checks],
+        "checks": [plain(c) for c in checks],
         "threat": threat(cell, patches[chosen], s),
-        "seeds": _seeds(bench, unit),
+        "seeds": seeds_of(bench, unit),
     }
     return result, {}
 
@@ -342,46 +343,3 @@ def _selection(bench, search, target, patches: dict[str, Patch], unit: str) -> d
         found = [float(search.scores(wanted, search.rows(images, seed)).mean()) for seed in seeds]
         losses[name] = 1 - sum(found) / len(found)
     return losses
-
-
-def _seeds(bench: Bench, unit: str) -> dict[str, list[int]]:
-    s = bench.settings
-    return {
-        "optimise": [seed_of("optimise", s.seed, unit)],
-        "select": [seed_of("select", s.seed, unit, d) for d in range(s.selection)],
-        "evaluate": [seed_of("evaluate", s.seed, unit, d) for d in range(s.seeds)]
-        + [seed_of("gallery", s.seed, draw=d) for d in range(s.seeds)],
-    }
-
-
-def _checks(bench, cell, search, victim, goal, patch, notes, start) -> list[Check]:
-    """The checks that one attack can answer, on a few pictures and draws."""
-    world, unit = bench.text, cell.unit
-    texts, queries = world.targets[unit], [world.queries[i] for i in world.rows(unit)]
-    images = world.ads[:3].to(bench.settings.device)
-    losses = notes["losses"]
-    made = AttackResult(
-        patch, losses, {**notes["config"], "eot": search.samples}, {}, 0, 0, 0.0
-    )  # fmt: skip
-    common: dict[str, Any] = {"seeds": _seeds(bench, unit), "captions": texts, "queries": queries}
-    found = sanity.of_attack(
-        made, victim.features, images, goal, evaluation=search.features, start=start,
-        directions=4, draws=6, **common,
-    ) if not isinstance(search, CertifiedSearch) else [
-        sanity.s11_seeds(common["seeds"]), sanity.s12_text_leak(texts, queries)
-    ]  # fmt: skip
-    found = [c for c in found if c.name != "S8"]
-    late = notes["late_gain"]
-    if late is None:
-        found.append(Check("S8", None, 0.01, False, "the loss never fell"))
-    else:
-        note = "" if late < 0.01 else "budget-limited"
-        found.append(Check("S8", late, 0.01, late < 0.01, note))
-    if victim.gradient == "bpda":  # a replaced gradient is not the slope, on purpose
-        found = [c for c in found if c.name != "S4"]
-    return found
-
-
-def _plain(check: Check) -> dict[str, Any]:
-    value = None if check.value is None else round(float(check.value), 6)
-    return {**asdict(check), "value": value}
