@@ -17,6 +17,7 @@ from pair.attacks.sanity import Check
 from pair.attacks.wrappers import Adaptive, adaptive
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.search import CertifiedSearch, Search
+from pair.purifier import Purifier
 
 PICTURES, DIRECTIONS, DRAWS = 3, 6, 6  # of a check; the patch is judged on all pictures
 STEP = 1e-6  # of finite differences, in float64
@@ -75,8 +76,9 @@ def slope(search: Search, goal: Goal, patch: Patch, images: Tensor) -> Check:
     """
     encoder = copy.deepcopy(search.encoder).double()
     defense = copy.deepcopy(search.defense).double()
-    if hasattr(defense, "purifier"):
-        defense.purifier.straight_through = False
+    purifier = getattr(defense, "purifier", None)
+    if isinstance(purifier, Purifier):
+        purifier.straight_through = False
     features = adaptive(encoder, defense).features
     pictures = images.double()
 
