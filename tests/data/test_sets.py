@@ -6,7 +6,11 @@ import csv
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +218,42 @@ def test_a_worker_carries_no_data_set(miniatures):
     many = Dataset(one.name, one.protocol, one.root, 0, one.records * 50)
     sizes = {len(pickle.dumps(Photos([d], 24)._jobs(torch.arange(8)))) for d in (one, many)}
     assert len(sizes) == 1 and sizes.pop() < 8 * 300
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_workers_die_with_a_parent_that_is_killed(miniatures):
+    script = f"""
+import os, signal, torch
+from pair.data import sets
+from pair.data.photos import Photos
+if __name__ == "__main__":
+    photos = Photos([sets.load("imagenette", {str(miniatures / "imagenette")!r})], 16, workers=1)
+    photos.raw(torch.arange(2))
+    print(*photos._decoder._pool._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = miniatures / "orphans.py"
+    path.write_text(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The pipe would be held open by an orphan: wait for the process alone.
+    with open(miniatures / "orphans.txt", "w+") as out:
+        process = subprocess.Popen([sys.executable, path], stdout=out, env=environment)
+        assert process.wait(timeout=300) == -signal.SIGKILL
+        out.seek(0)
+        (worker,) = map(int, out.read().split())
+    for _ in range(300):
+        if not running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlives its parent")
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_broken_photos_are_all_named(tmp_path):

@@ -85,6 +85,9 @@ class Collection(ABC):
     def fingerprint(self) -> str:
         """SHA-256 that changes when the photos or the facts about them do."""
 
+    def decode_at(self, side: int) -> None:  # noqa: B027
+        """Photos that are decoded while they are needed get this side; a pack keeps its own."""
+
     def prefetch(self, rows: Tensor) -> None:  # noqa: B027  (nothing to do is a fine answer)
         """A hint that ``raw(rows)`` follows soon."""
 

@@ -141,6 +141,9 @@ class Photos(Collection):
     def side(self) -> int:
         return self._side
 
+    def decode_at(self, side: int) -> None:
+        self._side = side
+
     def _jobs(self, rows: Tensor) -> list[Job]:
         chosen = (self.records[i] for i in rows.tolist())
         return [(r.path, r.offset, r.size, self._side, self.squash) for r in chosen]

@@ -90,6 +90,7 @@ class GeneratorTask:
         else:
             self.module, self.licence = MaskedAutoencoder(config.model), ""
         self.config, self.pack, self.device = config, pack, torch.device("cpu")
+        pack.decode_at(config.photo_side)  # known only now, where the start decides the geometry
         if pack.side < config.model.image_size:
             raise ValueError(
                 f"the photos of the pack have {pack.side} pixels a side, "
