@@ -159,7 +159,8 @@ def main() -> None:
              f"{c['pair is faster by']:.2f}"]
             for c in decode
         ],
-        "note": " ".join(
+        "note": f"{options.clock.capitalize()} time, {options.threads} threads. "
+        + " ".join(
             f"A folder of {c['photos']:,} photos: {c['images/s']:.1f} images/s, "
             f"{100 * c['share of that pace']:.0f} % of the purifier alone; "
             f"largest memory {c['peak memory, MB']:.0f} MB."

@@ -174,7 +174,7 @@ def measure(name, theirs, generator, batch, wanted, rounds, clock, int8) -> dict
 def views_and_draws(generator, rounds, clock) -> dict:
     """Certified views against one pass each, and n draws against one."""
     certified = CertifiedPurifier.covering(generator)
-    images = torch.rand(8, 3, certified.image_size, certified.image_size)
+    images = torch.rand(2, 3, certified.image_size, certified.image_size)
     masks = certified.cover.visible
     purifier = Purifier(generator).eval()
     few, many = (lambda n=n: purifier.draws(images, n) for n in (1, 8))
