@@ -50,6 +50,15 @@ def rows_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables(folder: Path) -> str:
+    """Every table of a folder of ``pair bench report``, in the order of the scenarios."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    order = {"leaderboard": "0", "alpha": "u", "ladder": "v"}
+    found.sort(key=lambda r: order.get(r.get("scenario", "leaderboard"), r.get("scenario", "")))
+    parts = [f"### {r.get('title', 'Leaderboard')}\n\n{rows_table(r)}" for r in found]
+    return "\n".join(parts)
+
+
 def table(results: dict) -> str:
     return demo_table(results) if "parts" in results else rows_table(results)
 
