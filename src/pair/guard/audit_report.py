@@ -96,7 +96,7 @@ def _card(audit: Audit, finding: Finding, rank: int) -> dict[str, Any]:
 def draw_heat(image: Tensor, finding: Finding) -> Tensor:
     """The picture (3, S, S) in grey, redder where hiding costs more, the worst window outlined."""
     side = image.shape[-1]
-    heat = torch.from_numpy(np.ascontiguousarray(finding.heat)).float().clamp(min=0)
+    heat = torch.from_numpy(np.array(finding.heat, np.float32)).clamp(min=0)
     heat = heat / heat.max().clamp(min=1e-12)
     weight = resize(heat[None, None], side)[0].clamp(0, 1) * 0.75  # (1, S, S)
     grey = image.mean(0, keepdim=True).expand(3, -1, -1) * 0.8 + 0.1

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +140,21 @@ class _Run:
 
     def _read(self, entry: Source | Unreadable) -> tuple[bytes, str] | None:
         if isinstance(entry, Unreadable):
-            return self._fail(entry.uri, entry.reason)
+            self._fail(entry.uri, entry.reason)
+            return None
         try:
             data = entry.read()
         except OSError as error:
-            return self._fail(entry.uri, f"the file cannot be read: {error.strerror or error}")
+            self._fail(entry.uri, f"the file cannot be read: {error.strerror or error}")
+            return None
         return data, hashlib.sha256(data).hexdigest()
 
     def _decode(self, uri: str, data: bytes) -> torch.Tensor | None:
         try:
             return shrink(decode(data), self.auditor.image_size)
         except ImageError as error:
-            return self._fail(uri, error.reason)
+            self._fail(uri, error.reason)
+            return None
 
     def _fail(self, uri: str, reason: str) -> None:
         self.failed += 1
@@ -160,7 +164,7 @@ class _Run:
 def _of_collection(collection: Collection) -> Iterator[Source]:
     for rows in collection.store.rows():
         for row in rows:
-            yield Source(row.uri, lambda uri=row.uri: collection.read(uri), row.meta)
+            yield Source(row.uri, partial(collection.read, row.uri), row.meta)
 
 
 def _pack(key: str, finding: Finding) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class LanceStore:
             conditions += [_in(column, part) for part in chunks(values, 500)]
         removed = 0
         for condition in conditions:
-            done = self._commit(lambda c=condition: self.table.delete(c), "write to")
+            done = self._commit(partial(self.table.delete, condition), "write to")
             removed += int(done.num_deleted_rows)
         return removed
 

@@ -18,6 +18,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,18 @@ def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, {"path": text}
                 continue
             try:
-                row = json.loads(text)
-            except ValueError:
-                row = None
-            yield number, row if isinstance(row, dict) else {}
+                found = json.loads(text)
+            except (ValueError, RecursionError):
+                found = None
+            yield number, found if isinstance(found, dict) else {}
 
 
 def _shard(path: Path) -> Iterator[Source | Unreadable]:
     """Members are read in order, once; the samples of a shard must lie together, as they do."""
     try:
         with tarfile.open(path, "r|*") as tar:
-            key, parts = "", {}
+            key = ""
+            parts: dict[str, bytes] = {}
             for member in tar:
                 if not member.isfile():
                     continue
@@ -205,4 +207,4 @@ def _sample(path: Path, parts: dict[str, bytes]) -> Iterator[Source | Unreadable
             meta.update(values if isinstance(values, dict) else {"json": values})
     for name, data in parts.items():
         if named_like_image(name):
-            yield Source(f"{path}#{name}", lambda data=data: data, meta)
+            yield Source(f"{path}#{name}", partial(bytes, data), meta)
