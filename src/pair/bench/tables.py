@@ -25,6 +25,7 @@ from pair.retrieval.statistics import summarise
 
 Line = dict[str, Any]
 RESAMPLES = 1000
+_MODES = {"adaptive": "adaptive", "nonadaptive": "non-adaptive"}
 
 
 @dataclass
@@ -118,21 +119,28 @@ def figures(line: Line, kind: str, k: int, relevant: str) -> dict[str, list[floa
             "irrelevant": _mean(attack["irrelevant"]),
             "relevant": _mean(attack["relevant"]),
             "relevant_before": _mean(none["relevant"]),
+            "irrelevant_before": _mean(none["irrelevant"]),
         }
     if kind == "noise":  # one picture at a time: each is a case of its own
-        shown = [[[r <= k for r in q] for q in d] for d in attack["inserted"]]
+        shown = _inside(attack, k)
         return {
             "irrelevant": _mean([[_average(q) for q in d] for d in shown]),
             "relevant": _alone(attack["after"], k, relevant),
             "relevant_before": _alone(none["after"], k, relevant),
+            "irrelevant_before": _mean([[_average(q) for q in d] for d in _inside(none, k)]),
         }
-    shown = [[[r <= k for r in q] for q in d] for d in attack["inserted"]]
+    shown = _inside(attack, k)
     return {
         "irrelevant": _mean([[float(any(q)) for q in d] for d in shown]),
         "share": _mean([[_average(q) for q in d] for d in shown]),
         "relevant": _mean([[_found(r, k, relevant) for r in d] for d in attack["after"]]),
         "relevant_before": _mean([[_found(r, k, relevant) for r in d] for d in none["after"]]),
+        "irrelevant_before": _mean([[float(any(q)) for q in d] for d in _inside(none, k)]),
     }
+
+
+def _inside(attack: dict[str, Any], k: int) -> list[list[list[bool]]]:
+    return [[[r <= k for r in q] for q in d] for d in attack["inserted"]]
 
 
 def _found(ranks: Sequence[int], k: int, how: str) -> float:
@@ -172,6 +180,8 @@ def table(scenario: Scenario, lines: list[Line], facts: dict[str, Any]) -> Table
     k, how = int(facts.get("k", 10)), str(facts.get("relevant", "precision"))
     labels = list(dict.fromkeys(row.label for row in scenario.rows))
     checks = _checks(lines)
+    keys = [c.key for c in scenario.columns]
+    modes = [m for m in _MODES if scenario.kind == "text" and f"{m}.irrelevant" in keys]
     rows, failures = [], []
     for label in labels:
         values = []
@@ -188,15 +198,19 @@ def table(scenario: Scenario, lines: list[Line], facts: dict[str, Any]) -> Table
             if column.key.endswith("irrelevant") and "adaptive" in column.key.split("."):
                 value.grey = checks.get(label, [])
             values.append(value)
-        values.append(_before(own, scenario.kind, k, how))
-        values.append(_latency(own))
+        shares = [_value(own, f"{m}.share", scenario.kind, k, how) for m in modes]
+        before = [_before(own, scenario.kind, k, how, f) for f in ("relevant", "irrelevant")]
+        values += [*shares, *before, _latency(own)]
         rows.append((label, values))
     printed = [
         any(r[1][i].paper != "–" for r in rows) for i in range(len(scenario.columns))
     ]  # fmt: skip
-    columns = [c.title for c in scenario.columns] + ["relevant, same queries, no attack", "ms"]
+    columns = [c.title for c in scenario.columns]
+    columns += [f"{_MODES[m]}: share of the pictures in the top {k}" for m in modes]
+    columns += ["relevant, same queries, no patch", "irrelevant, no patch", "ms"]
+    printed += [False] * (len(columns) - len(printed))
     return Table(
-        scenario.name, scenario.title, columns, rows, [*printed, False, False],
+        scenario.name, scenario.title, columns, rows, printed,
         _notes(scenario, lines, facts, failures, checks), facts,
     )  # fmt: skip
 
@@ -228,11 +242,11 @@ def _groups(line: Line, count: int) -> list[Any]:
     return list(result.get("groups") or result["query_labels"])
 
 
-def _before(own: list[Line], kind: str, k: int, how: str) -> Value:
+def _before(own: list[Line], kind: str, k: int, how: str, figure: str) -> Value:
     lines = [x for x in own if x["mode"] != "clean" and x["status"] == "done"]
     units: dict[str, list[float]] = {}
     for line in lines:
-        units.setdefault(line["unit"], figures(line, kind, k, how)["relevant_before"])
+        units.setdefault(line["unit"], figures(line, kind, k, how)[f"{figure}_before"])
     if not units:
         return Value()
     values = [v for found in units.values() for v in found]
