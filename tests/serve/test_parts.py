@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pair.serve import secret
+from pair import secret
 from pair.serve.batching import Batcher, Closed, Full
 from pair.serve.frames import frames, kind
 

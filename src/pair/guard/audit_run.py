@@ -127,7 +127,7 @@ class _Run:
                     fresh.append((key, entry.uri, image))
             if fresh:
                 keys, uris, images = zip(*fresh, strict=True)
-                seeds = [image_seed(self.seed, key) for key in keys]
+                seeds = None if self.seed is None else [image_seed(self.seed, k) for k in keys]
                 made = self.auditor.examine(torch.stack(images), uris, seeds=seeds)
                 _append(work, [_pack(k, f) for k, f in zip(keys, made, strict=True)])
                 found.update(zip(keys, made, strict=True))

@@ -194,7 +194,7 @@ def rows_of(models: Models, record: dict[str, Any], items: list[Item]) -> list[R
     views = [torch.stack([item.views[v] for item in items if item.views]) for v in range(count)]
     seed = None if record["seed"] == "secret" else int(record["seed"])
     rows = [item.row for item in items if item.row is not None]
-    seeds = [image_seed(seed, row.sha256) for row in rows]
+    seeds = None if seed is None else [image_seed(seed, row.sha256) for row in rows]
     features: Features = models.features(views, seeds=seeds)
     now = int(time.time() * 1e6)
     prints = {r: record["models"].get(r, {}).get("fingerprint", "") for r in record["models"]}

@@ -8,7 +8,7 @@ Three roles, each optional but one of the first two: ``encoder`` (text-image, gi
 from __future__ import annotations
 
 import hashlib
-import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.hashing import HashNet
 from pair.retrieval.openclip import OpenClip, fit
+from pair.secret import mask_generator
 
 ROLES = ("encoder", "hasher", "purifier")
 
@@ -136,7 +137,7 @@ class Models:
         *,
         raw: bool = True,
         purified: bool = True,
-        seeds: list[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Features:
         """``views``: one batch (B, 3, S, S) per distinct view, as :meth:`views` orders them.
 
@@ -161,14 +162,12 @@ class Models:
         return out
 
     @torch.no_grad()
-    def purify(self, images: Tensor, seeds: list[int] | None = None) -> Tensor:
+    def purify(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, 3, S, S), a mask per image from its own seed."""
         assert self.purifier is not None
-        draws = seeds or [secrets.randbits(63) for _ in images]
+        draws: Sequence[int | None] = seeds or [None] * len(images)
         # Drawn on the CPU wherever the model is: the same seed is the same mask on every device.
-        masks = [
-            self.purifier.draw_mask(1, torch.Generator().manual_seed(seed))[0] for seed in draws
-        ]
+        masks = [self.purifier.draw_mask(1, mask_generator(seed))[0] for seed in draws]
         return self.purifier(images.to(_device(self.purifier)), mask=torch.stack(masks))
 
     def _encode(self, model: Any, images: Tensor) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import stat
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from pair import files
 from pair.guard.plan import Job, Plan, named_like_image
 from pair.images import ImageError, decode, save_image, shrink
 from pair.purifier import Purifier
+from pair.secret import mask_generator
 
 # After these no other file can be written either: stop instead of failing one by one.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
@@ -39,10 +39,8 @@ class Item:
     reason: str = ""
 
 
-def image_seed(seed: int | None, name: str) -> int:
-    """The seed of one image's mask: derived from ``seed`` and its name, or fresh and secret."""
-    if seed is None:
-        return secrets.randbits(63)
+def image_seed(seed: int, name: str) -> int:
+    """The seed of one image's mask, from ``seed`` and its name."""
     text = f"{seed}\0{name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
 
@@ -115,8 +113,8 @@ def compute(purifier: Purifier, count: int, items: list[Item], seed: int | None)
     for item in items:
         if item.image is not None:
             images[item.slot] = item.image
-            source = torch.Generator().manual_seed(image_seed(seed, item.job.name))
-            mask[item.slot] = purifier.draw_mask(1, source)[0]
+            own = None if seed is None else image_seed(seed, item.job.name)
+            mask[item.slot] = purifier.draw_mask(1, mask_generator(own))[0]
     return purifier(images.to(device), mask=mask).float().cpu()
 
 

@@ -18,7 +18,7 @@ from pair.guard import conformal
 from pair.guard.audit import HEURISTIC, Auditor, Finding
 from pair.guard.models import Models
 from pair.images import decode, shrink
-from pair.serve.secret import secret_generator
+from pair.secret import secret_generator
 
 ALARMS = ("drop", "shift", "spread")
 
@@ -27,7 +27,7 @@ class SecretModels(Models):
     """Models that draw every mask from the operating system's entropy, whatever seed is asked."""
 
     @torch.no_grad()
-    def purify(self, images: Tensor, seeds: list[int] | None = None) -> Tensor:
+    def purify(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         assert self.purifier is not None
         device = next(self.purifier.parameters()).device
         masks = [self.purifier.draw_mask(1, secret_generator()) for _ in images]

@@ -133,7 +133,7 @@ def page(scene: Scene) -> Any:
     def turn(attack: bool):
         def act(*inputs: Any) -> Iterator[str]:
             try:
-                yield from run(scene, *inputs, attack)
+                yield from run(scene, *inputs, attack=attack)
             except (ImageError, ValueError) as error:
                 raise gradio.Error(getattr(error, "reason", str(error)), duration=8) from error
 

@@ -26,8 +26,8 @@ from pair.guard.audit_report import draw_heat
 from pair.images import check_images, decode, load_batch, quantise, resize, shrink
 from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
+from pair.secret import secret_generator
 from pair.serve.audits import SecretModels
-from pair.serve.secret import secret_generator
 
 KINDS = ("QR code", "text", "own picture", "grey")
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")

@@ -26,3 +26,8 @@ def secret_generator() -> torch.Generator:
     state[head : head + 8 * _WORDS] = words.astype("<u8").view(np.uint8)
     generator.set_state(torch.from_numpy(state))
     return generator
+
+
+def mask_generator(seed: int | None) -> torch.Generator:
+    """On the CPU: seeded, or secret where ``seed`` is None."""
+    return secret_generator() if seed is None else torch.Generator().manual_seed(seed)
