@@ -15,7 +15,7 @@ from pair.retrieval.statistics import summarise
 
 def merge(folder: Path, out: Path) -> None:
     files = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-    files = [f for f in files if f["checks"] is not None]
+    files = [f for f in files if f.get("checks") is not None]
     if not files:
         raise SystemExit(f"{folder} has no finished keyword")
     if len({json.dumps(f["facts"]["models"]) for f in files}) > 1:
