@@ -58,7 +58,8 @@ def create(
         name, _, kind = text.partition(":")
         fields[name] = kind or "str"
     names = {"encoder": encoder, "hasher": hasher, "purifier": purifier}
-    models = Models.load(**{role: None if n == "none" else n for role, n in names.items()})
+    asked = [None if name == "none" else name for name in names.values()]
+    models = Models.load(*asked)
     made = Collection.create(
         uri, models, fields=fields, seed=seed, root=root, approximate_from=approximate_from
     )

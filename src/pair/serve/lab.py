@@ -130,10 +130,10 @@ def page(scene: Scene) -> Any:
     gradio = _library()
     labels = sorted(set(scene.labels))
 
-    def turn(attack: bool):
+    def turn(attack: bool) -> Any:
         def act(*inputs: Any) -> Iterator[str]:
             try:
-                yield from run(scene, *inputs, attack=attack)
+                yield from run(*(scene, *inputs, attack))
             except (ImageError, ValueError) as error:
                 raise gradio.Error(getattr(error, "reason", str(error)), duration=8) from error
 
