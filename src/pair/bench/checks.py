@@ -14,7 +14,7 @@ from pair.attacks.objectives import Goal
 from pair.attacks.optimise import AttackResult
 from pair.attacks.patch import Patch
 from pair.attacks.sanity import Check
-from pair.attacks.wrappers import Adaptive, adaptive
+from pair.attacks.wrappers import Adaptive, pipeline
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.search import CertifiedSearch, Search
 from pair.purifier import Purifier
@@ -79,7 +79,7 @@ def slope(search: Search, goal: Goal, patch: Patch, images: Tensor) -> Check:
     purifier = getattr(defense, "purifier", None)
     if isinstance(purifier, Purifier):
         purifier.straight_through = False
-    features = adaptive(encoder, defense).features
+    features = pipeline(encoder, defense)  # the target is hardened already
     pictures = images.double()
 
     def loss(content: Tensor) -> Tensor:
