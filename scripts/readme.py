@@ -69,6 +69,8 @@ def refreshed(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name, _, part = match.group(2).partition("#")
         source = ROOT / name
+        if source.is_dir():
+            return f"{match.group(1)}{tables(source)}{match.group(3)}"
         if not source.is_file():
             sys.exit(f"{name} is missing: run the command that makes it")
         results = json.loads(source.read_text())
