@@ -41,7 +41,7 @@ from pair.retrieval.hashing import HashNet, binarise
 from pair.retrieval.metrics import mean_average_precision, recall_at_k
 
 SIZE = 112
-TEXT_PATCH, VIEWS = 0.35, 9  # of the side; covering windows of the certified mode
+TEXT_PATCH, VIEWS, DELTA = 0.35, 9, 0.1  # of the side; the certified mode: windows, trust
 KEYWORDS = ("laptop", "sunflower", "umbrella", "revolver")
 SOURCES, TARGET = ("kangaroo", "crab", "helicopter"), "stop sign"  # what the patch turns into what
 HASH_PATCH = 0.22
@@ -251,7 +251,7 @@ class _Certified(_System):
 def _systems(purifier: Purifier, clip: SmallClip, queries: Tensor, generator) -> dict[str, Any]:
     """The same encoder three times: bare, behind PAIR, behind covering masks."""
     certified = CertifiedPurifier(purifier.autoencoder, _cover(purifier))
-    pool = DeltaCap(0.0)
+    pool = DeltaCap(DELTA)
 
     @torch.no_grad()
     def bare(images: Tensor) -> Tensor:

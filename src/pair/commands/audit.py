@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pair.commands.running import stopping
+from pair.commands._running import stopping
 
 
 def audit(

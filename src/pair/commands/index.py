@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pair.commands.running import stopping
+from pair.commands._running import stopping
 
 if TYPE_CHECKING:
     from pair.guard.collection import Info
