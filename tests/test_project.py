@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import pair
+from pair.data import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "pair"
@@ -123,10 +124,12 @@ def test_version_is_the_same_everywhere():
     assert f"\n## {pair.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
+    )
 
 
 def test_every_module_imports_without_extras_and_without_a_word():
@@ -242,10 +245,14 @@ def test_every_target_of_the_makefile_is_described_and_phony():
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_on_pages_runs(page):
-    """The blocks of a page, one after the other, in a process of their own. ``images`` is given."""
+def test_python_on_pages_runs(page, tmp_path):
+    """The blocks of a page, one after the other, in a process and a folder of their own.
+    ``images`` and the folder ``holiday`` are given."""
+    (tmp_path / "holiday").mkdir()
+    for path, label in embedded.queries(["laptop"])[:2]:
+        shutil.copy(path, tmp_path / "holiday" / f"{label}-{path.name}")
     given = "import torch\nimages = torch.rand(2, 3, 112, 112)"
-    done = python("\n".join([given, *blocks(page, "python")]))
+    done = python("\n".join([given, *blocks(page, "python")]), tmp_path)
     assert done.returncode == 0, done.stderr
 
 

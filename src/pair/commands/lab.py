@@ -9,7 +9,7 @@ import typer
 
 def lab(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
     purifier: Annotated[str, typer.Option(help="Shipped name or folder.")] = "pair-small",
     encoder: Annotated[str, typer.Option(help="Shipped name or folder.")] = "clip-small",
     per_class: Annotated[int, typer.Option(min=1, help="Photos of each class to search.")] = 8,
