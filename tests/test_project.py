@@ -244,7 +244,11 @@ def test_every_target_of_the_makefile_is_described_and_phony():
     assert set(described) == set(re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split())
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+# The page of the service is run against one, in tests/serve.
+RUNNABLE = [p for p in PAGES if blocks(p, "python") and p.name != "serve.md"]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.name)
 def test_python_on_pages_runs(page, tmp_path):
     """The blocks of a page, one after the other, in a process and a folder of their own.
     ``images`` and the folder ``holiday`` are given."""

@@ -437,7 +437,7 @@ def raws() -> list[Raw]:
             ("two codings", post + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", (BAD, 501)),
             ("length and chunks", post + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
              b"Connection: close\r\n\r\n0\r\n\r\n", (BAD, KIND)),
-            ("http/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 505)),
+            ("http/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (505,)),
             ("http/0.9", b"GET /healthz\r\n\r\n", BAD),
             ("http/9", b"GET /healthz HTTP/9.9\r\n" + host + b"\r\n", 505),
             ("tls", b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(200), BAD),

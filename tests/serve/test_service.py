@@ -6,6 +6,10 @@ import base64
 import hashlib
 import io
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -230,3 +234,17 @@ def test_audit_says_what_the_auditor_says(models, url, tmp_path):
         assert first["statistics"][name] == pytest.approx(value, abs=1e-4)
     assert np.allclose(first["heat"], wanted.heat, atol=1e-4)
     assert 0 < second["p"] <= 1 and second["alarm"] == (second["p"] <= 0.5)
+
+
+def test_python_on_the_page_runs(url, tmp_path):
+    """The block of docs/serve.md, against this service."""
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "serve.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert block.count("http://127.0.0.1:8000") == 1
+    (tmp_path / "photo.jpg").write_bytes(png(1))
+    code = block.replace("http://127.0.0.1:8000", url) + "print(tuple(clean.shape), len(hits))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "(3, 32, 32) 5\n", done.stderr
