@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no advisory locks of this kind
+    fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".pair-*.partial"  # what a killed process may leave behind
 
@@ -43,3 +52,35 @@ def explained(error: OSError, path: str | os.PathLike[str]) -> OSError:
     told = type(error)(what)
     told.errno = error.errno
     return told
+
+
+@contextmanager
+def sole_writer(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold an existing ``folder`` for this process; ``ValueError(refusal)`` if another holds it.
+
+    The lock is on the folder itself, so it leaves no file behind and dies with the process. Where
+    the system has no such locks (Windows, some network drives) nothing is refused.
+    """
+    if fcntl is None:  # pragma: no cover
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        except OSError:  # a network drive without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """One JSON line at the end of a log in one write: no kill and no other writer can break it."""
+    try:
+        with open(path, "ab", buffering=0) as handle:
+            handle.write((json.dumps(row) + "\n").encode())
+    except OSError as error:
+        raise explained(error, path) from error

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from pair import files
 from pair.data.sets import SOURCES
 from pair.generator import GeneratorConfig, MaskedAutoencoder
 from pair.purifier import Purifier
-from pair.training import checkpoint, start
+from pair.training import start
 from pair.training.cards import card
 from pair.training.generator import GeneratorTask, GeneratorTraining
 from pair.training.loop import LoopConfig, train
@@ -384,8 +385,10 @@ def test_processes_need_slices(tmp_path):
 
 def test_one_training_at_a_time(pack_folder, tmp_path):
     recipe = write(tmp_path / "r.toml", f"lr = 1e-3\n{MODEL}")
+    out = tmp_path / "run"
+    out.mkdir()
     with (
-        checkpoint.alone(tmp_path / "run"),
+        files.sole_writer(out, "held"),
         pytest.raises(ValueError, match=r"another training is writing to .*run: wait for it"),
     ):
         run("generator", recipe, pack_folder, tmp_path / "run", echo=quiet)

@@ -7,18 +7,15 @@ small images are in memory, and one full-size picture per decoding thread.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
 
@@ -97,7 +94,9 @@ def purify_folder(
         "output format": format,
         "seed": "secret" if seed is None else seed,
     }
-    with _sole_writer(out):
+    make_folder(out)
+    refusal = f"another 'pair purify' is writing to {out}: let it finish"
+    with files.sole_writer(out, refusal):
         find_done(plan, settle_record(plan, settings, overwrite, time.time_ns()))
         found = len(plan.jobs) + len(plan.unreadable)
         summary = Summary(found, skipped=len(plan.done), ignored=plan.ignored)
@@ -130,7 +129,7 @@ def _run(
     report.unlink(missing_ok=True)
 
     def fail(path: str, reason: str) -> None:
-        _append(report, {"path": path, "reason": reason})
+        files.append_line(report, {"path": path, "reason": reason})
         summary.failed, summary.failures = summary.failed + 1, report
 
     for error in plan.unreadable:
@@ -176,38 +175,7 @@ def _run(
     summary.stopped = summary.finished < summary.found
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    # One line in one write: a killed process cannot leave half of it.
-    try:
-        with open(path, "ab", buffering=0) as handle:
-            handle.write((json.dumps(row) + "\n").encode())
-    except OSError as error:
-        raise files.explained(error, path) from error
-
-
 def _remove_partials(plan: Plan) -> None:
     for folder in {plan.out, *(Path(job.target).parent for job in plan.jobs)}:
         for stale in folder.glob(files.PARTIAL):
             stale.unlink(missing_ok=True)
-
-
-@contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
-    """Create ``out`` and keep other processes from writing there, where the system can."""
-    make_folder(out)
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover - Windows
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another 'pair purify' is writing to {out}: let it finish") from None
-        except OSError:  # a network drive without locks
-            pass
-        yield
-    finally:
-        os.close(handle)

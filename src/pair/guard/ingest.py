@@ -251,11 +251,9 @@ def default_failures(uri: str) -> Path:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """One line in one write: neither a killed process nor another writer can break it."""
+    """As :func:`pair.files.append_line`, but a full disk is left for the commit to report."""
     try:
-        with open(path, "ab", buffering=0) as handle:
-            handle.write((json.dumps(row) + "\n").encode())
+        files.append_line(path, row)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # the commit that follows says it
-        raise files.explained(error, path) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,38 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no advisory locks of this kind
-    fcntl = None  # type: ignore[assignment]
-
 LAST, LOG, CONFIG = "last.ckpt", "log.jsonl", "config.json"
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder ``out`` for this process; refuse where another training holds it.
-
-    The lock is on the folder itself, so it leaves no file behind and dies with the process.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:  # pragma: no cover
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another training is writing to {out}: wait for it, stop it, or choose "
-                "another --out"
-            ) from error
-        except OSError:  # some network file systems have no locks; go on without
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 @dataclass

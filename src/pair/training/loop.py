@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pair import files
 from pair.training import checkpoint, parallel
 from pair.training.parallel import World
 from pair.training.track import tracker
@@ -164,7 +165,9 @@ def train(
         )
     if not world.first:
         return _run(task, config, out, facts or {}, lambda text: None, world, inputs or {}, "none")
-    with checkpoint.alone(out):
+    out.mkdir(parents=True, exist_ok=True)
+    refusal = f"another training is writing to {out}: wait for it, stop it, or choose another --out"
+    with files.sole_writer(out, refusal):
         return _run(task, config, out, facts or {}, echo, world, inputs or {}, track)
 
 
