@@ -1,5 +1,6 @@
 """AdvHash against a literal transcription of the published algorithm."""
 
+import literal
 import pytest
 import torch
 from attack_models import encoder, photos, purifier, seeded
@@ -21,56 +22,6 @@ def code(seed: int = 2, dtype=torch.float32) -> torch.Tensor:
     return torch.where(torch.randn(BITS, generator=seeded(seed)) > 0, 1.0, -1.0).to(dtype)
 
 
-def literal_loss(output, real, target):
-    weights = torch.where((real - target).abs() < 0.3, 0, 1)
-    k = weights.sum()
-    return None if k == 0 else -(weights * output * target).sum() / k
-
-
-def literal_batch(images, applied, mask, target, h, low, high, step, iterations):
-    """One mini-batch: applied patch of image size, products measured after each update."""
-    adversarial = mask * applied + (1 - mask) * images
-    products = (h(adversarial).sign() * target).sum(1)  # the published code leaves this undefined
-    average, count, losses = 0.0, 0, []
-    while average < BITS and count < iterations:
-        alpha = 1.0 if average / BITS > 0.9 else 0.01
-        count += 1
-        adversarial = adversarial.detach().requires_grad_(True)
-        loss = literal_loss((alpha * h(adversarial)).tanh(), h(adversarial).tanh(), target)
-        if loss is None:
-            break
-        losses.append(float(loss.detach()))
-        loss.backward()
-        grads = adversarial.grad
-        weights = [float(p) + abs(float(products.min())) + 2 for p in products]
-        total = sum(w * g for w, g in zip(weights, grads, strict=True)) / sum(weights)
-        applied = (applied - step * total.sign()).clamp(low, high)
-        adversarial = mask * applied + (1 - mask) * images
-        products = (h(adversarial).sign() * target).sum(1)
-        average = float(products.mean())
-    return applied, losses
-
-
-def literal_advhash(images, patch, target, h, config, generator, low, high):
-    height = images.shape[-1]
-    (top, left), side = patch.placement.at(1, (height, height), patch.size)[0], patch.size[0]
-    box = (slice(None), slice(top, top + side), slice(left, left + side))
-    applied = torch.zeros_like(images[0])
-    applied[box] = patch.content
-    mask = torch.zeros_like(images[0])
-    mask[box] = 1
-    recent, losses, started = [applied], [], applied
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(config.batch):
-            started = torch.stack(recent).mean(0)
-            new, part = literal_batch(
-                images[rows], started, mask, target, h, low, high, 1 / 255, config.iterations
-            )
-            losses += part
-            recent = [*recent, new][-2:]
-    return torch.stack(recent).mean(0)[box], started[box], losses
-
-
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_equals_the_published_algorithm_in_pixel_space(epochs):
     model, images, target = encoder(BITS, dtype=DOUBLE), photos(7, dtype=DOUBLE), code(dtype=DOUBLE)
@@ -78,8 +29,9 @@ def test_equals_the_published_algorithm_in_pixel_space(epochs):
     patch = advhash_patch(32, config, seeded(1))
     patch = Patch(patch.content.to(DOUBLE), patch.mask, patch.placement, 32)
     result = advhash(model, images, target, config=config, patch=patch, generator=seeded(5))
-    content, _, losses = literal_advhash(
-        images, patch, target, model.encode_image, config, seeded(5), 0.0, 1.0
+    corner = patch.placement.at(1, (32, 32), patch.size)[0]
+    content, _, losses = literal.advhash(
+        images, patch.content, corner, target, model.encode_image, config, seeded(5)
     )
     torch.testing.assert_close(result.patch.content, content, rtol=0, atol=1e-9)
     # Ours evaluates once more at the end of each mini-batch; the common part is the same.
@@ -98,9 +50,10 @@ def test_compat_equals_the_published_algorithm_in_normalised_space():
     )
     low, high = -0.485 / 0.229, (1 - 0.406) / 0.225
     assert (round(low, 3), round(high, 3)) == (-2.118, 2.640)
-    _, started, losses = literal_advhash(
+    _, started, losses = literal.advhash(
         (images - mean) / std,
-        patch,
+        patch.content,
+        patch.placement.at(1, (32, 32), patch.size)[0],
         target,
         lambda x: model.features_of(x * std + mean),
         config,

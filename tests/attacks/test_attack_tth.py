@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import literal
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,50 +27,13 @@ def start(side: int = 11, dtype=torch.float32) -> Patch:
     return Patch(patch.content.to(dtype), patch.mask, patch.placement, 32)
 
 
-def literal_tth(encode, carriers, e_t, init, iterations, lr=0.01, lam=1.0):
-    """The published loop: a whole-image parameter, a binary mask, iterations 0..n, the patch that
-    the last iteration composed, and the rule against divergence (at most 10 trials)."""
-    h, w = carriers.shape[-2:]
-    side = init.shape[-1]
-    patch_init = torch.zeros(3, h, w, dtype=init.dtype)
-    patch_init[:, :side, w - side :] = init
-    mask = torch.zeros(1, h, w, dtype=init.dtype)
-    mask[:, :side, w - side :] = 1
-    for _ in range(10):
-        patch = patch_init.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([patch], lr=lr)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.95)
-        losses, smallest, converged = [], float("inf"), False
-        for _step in range(iterations + 1):
-            patch.data.clamp_(0, 1)
-            composed = patch.detach().clone()
-            x = (1 - mask) * carriers + mask * patch
-            cos = F.cosine_similarity(encode(x), e_t)
-            perf = (1 - cos).mean()
-            loss = perf + lam * ((patch - patch_init) ** 2).sum() / (h * w)
-            value = float(perf.detach())
-            losses.append(value)
-            smallest = min(smallest, value)
-            converged = converged or value < 1e-4
-            if not converged and value > 2 * smallest:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        else:
-            return composed[:, :side, w - side :], losses
-        lr, iterations = lr / 5, iterations * 2
-    raise AssertionError("no trial converged")
-
-
 @pytest.mark.parametrize("lam", [1.0, 0.0])
 def test_equals_the_published_algorithm(lam):
     model = encoder(dtype=DOUBLE)
     carriers, e_t, patch = photos(5, dtype=DOUBLE), target(model, dtype=DOUBLE), start(11, DOUBLE)
     config = TTHConfig(steps=80, distortion=lam)
     result = tth(model, carriers, e_t, config=config, patch=patch)
-    content, losses = literal_tth(model.encode_image, carriers, e_t, patch.content, 80, lam=lam)
+    content, losses = literal.tth(model.encode_image, carriers, e_t, patch.content, 80, lam=lam)
     assert len(result.losses) == len(losses) == 81
     torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-7, atol=0)
     torch.testing.assert_close(result.patch.content, content, rtol=0, atol=1e-7)
@@ -80,7 +44,7 @@ def test_is_at_least_as_good_as_the_published_algorithm_in_single_precision():
     model, carriers = encoder(), photos(5)
     e_t, patch = target(model), start()
     result = tth(model, carriers, e_t, patch=patch)
-    content, losses = literal_tth(model.encode_image, carriers, e_t, patch.content, 300)
+    content, losses = literal.tth(model.encode_image, carriers, e_t, patch.content, 300)
     assert result.losses[-1] <= losses[-1] + 1e-3
     with torch.no_grad():
         z = model.encode_image(patch.with_content(content).apply(carriers))
@@ -121,7 +85,7 @@ def test_the_rule_against_divergence():
     assert first > 1e-4  # TTH's bound: below it nothing counts as divergence
     config = TTHConfig(steps=20, lr=0.3)
     result = tth(model, carriers, e_t, config=config, patch=patch)
-    _, losses = literal_tth(model.encode_image, carriers, e_t, patch.content, 20, lr=0.3)
+    _, losses = literal.tth(model.encode_image, carriers, e_t, patch.content, 20, lr=0.3)
     assert result.trials > 1 and len(result.losses) == 20 * 2 ** (result.trials - 1) + 1
     torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-6, atol=0)
     assert result.gradients_used > len(result.losses)  # failed trials were paid for

@@ -1,0 +1,6 @@
+"""Tests of attacks compare with the literal transcriptions among the benchmarks."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
