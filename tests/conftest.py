@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from pair import cli
 from pair.data import splits
 from pair.data.pack import Pack, write_pack
 from pair.images import to_pil
@@ -81,3 +83,17 @@ def miniatures(miniature_script, tmp_path_factory) -> Path:
         with contextlib.suppress(ImportError):  # Hugging Face's needs the library datasets
             make(root / name)
     return root
+
+
+@pytest.fixture
+def pair(capsys, monkeypatch):
+    """The command in this process: ``pair("purify", path)`` -> exit code, output, errors."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pair", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        told = capsys.readouterr()
+        return stopped.value.code or 0, told.out, told.err
+
+    return run

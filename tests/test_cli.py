@@ -25,18 +25,6 @@ def commands(group=None, path=()) -> list[tuple[str, ...]]:
     return found
 
 
-def pair(*arguments, capsys) -> tuple[int, str, str]:
-    """Run in this process: exit code, standard output, standard error."""
-    before, sys.argv = sys.argv, ["pair", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    finally:
-        sys.argv = before
-    told = capsys.readouterr()
-    return stopped.value.code or 0, told.out, told.err
-
-
 def test_help_of_every_command_loads_nothing_heavy():
     """In a fresh interpreter; imports inside functions keep the command line quick."""
     script = f"""
@@ -79,8 +67,8 @@ def test_every_command_has_a_help_text():
                 assert getattr(option, "help", None), (path, option.name)
 
 
-def test_version(capsys):
-    code, out, _ = pair("--version", capsys=capsys)
+def test_version(pair):
+    code, out, _ = pair("--version")
     assert (code, out) == (0, f"pair {__version__}\n")
     assert version("pair-retrieval") == __version__
 
@@ -95,8 +83,8 @@ def test_version(capsys):
         ("--no-such-option",),
     ],
 )
-def test_wrong_usage_is_exit_code_2(arguments, capsys):
-    code, _, err = pair(*arguments, capsys=capsys)
+def test_wrong_usage_is_exit_code_2(arguments, pair):
+    code, _, err = pair(*arguments)
     assert code == 2
     assert "Traceback" not in err and err.strip()
 
@@ -118,10 +106,10 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
         ),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, pair):
     (tmp_path / "empty").mkdir()
     places = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}
-    code, _, err = pair(*(places.get(a, a) for a in arguments), capsys=capsys)
+    code, _, err = pair(*(places.get(a, a) for a in arguments))
     assert code == 2
     assert message in err
     assert err.startswith("pair: ") and err.count("\n") == 1
@@ -139,13 +127,12 @@ def test_errors_of_many_lines_are_folded_into_one(monkeypatch, capsys):
     assert capsys.readouterr().err == "pair: first line second line\n"
 
 
-def test_packing_photos(photo_root, tmp_path, capsys):
+def test_packing_photos(photo_root, tmp_path, pair):
     from pair.data.pack import Pack
 
     code, out, _ = pair(
         *("data", "pack", "--out", tmp_path / "pack", "--size", "16"),
         *("--imagenette", photo_root / "imagenette"),
-        capsys=capsys,
     )
     assert code == 0
     assert "70 photos in" in out

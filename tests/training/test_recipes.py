@@ -1,11 +1,9 @@
 """Recipes: every bad one is refused in one sentence, through the command, with exit code 2."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from pair import cli
 from pair.training.generator import GeneratorTraining
 from pair.training.loop import LoopConfig
 from pair.training.run import KINDS, read_recipe
@@ -18,17 +16,6 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-def pair(*arguments, capsys) -> tuple[int, str]:
-    """Run the command in this process: exit code and standard error."""
-    before, sys.argv = sys.argv, ["pair", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    finally:
-        sys.argv = before
-    return stopped.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,11 +56,10 @@ def pair(*arguments, capsys) -> tuple[int, str]:
         ("pizza", "", "cannot train 'pizza': use one of generator, clip, csq"),
     ],
 )
-def test_bad_recipes(kind, text, message, tmp_path, pack_folder, capsys):
+def test_bad_recipes(kind, text, message, tmp_path, pack_folder, pair):
     path = write(tmp_path, text)
-    code, said = pair(
-        *("train", kind, "--recipe", path, "--data", pack_folder, "--out", tmp_path / "run"),
-        capsys=capsys,
+    code, _, said = pair(
+        *("train", kind, "--recipe", path, "--data", pack_folder, "--out", tmp_path / "run")
     )
     assert code == 2
     assert message in said
@@ -81,17 +67,14 @@ def test_bad_recipes(kind, text, message, tmp_path, pack_folder, capsys):
     assert not (tmp_path / "run").exists()  # nothing was started
 
 
-def test_missing_recipes_and_packs(tmp_path, pack_folder, capsys):
+def test_missing_recipes_and_packs(tmp_path, pack_folder, pair):
     out = ("--out", tmp_path / "run")
-    code, said = pair(
-        *("train", "clip", "--recipe", tmp_path / "no.toml", "--data", pack_folder, *out),
-        capsys=capsys,
+    code, _, said = pair(
+        *("train", "clip", "--recipe", tmp_path / "no.toml", "--data", pack_folder, *out)
     )
     assert code == 2 and "no recipe" in said and "configs/small/clip.toml" in said
     path = write(tmp_path, "")
-    code, said = pair(
-        *("train", "clip", "--recipe", path, "--data", tmp_path / "no", *out), capsys=capsys
-    )
+    code, _, said = pair(*("train", "clip", "--recipe", path, "--data", tmp_path / "no", *out))
     assert code == 2 and "holds no finished pack: run 'pair data pack' first" in said
 
 
