@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,39 @@ def names(tmp_path_factory) -> dict[str, str]:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
+def server() -> str | None:
+    """A place whose Milvus has vectors of bits: a server, or Milvus Lite 2 here."""
+    if address := os.environ.get("PAIR_TEST_MILVUS"):
+        return f"{address}#pair_{secrets.token_hex(4)}"
+    return "m.db" if version("milvus-lite").startswith("2.") else None
+
+
+@pytest.mark.skipif(server() is None, reason="Milvus Lite 3 has no vectors of bits")
+def test_codes_are_vectors_of_bits(tmp_path, names, monkeypatch):
+    """Native Hamming: exact, against the bits themselves; again with the server's index."""
+    monkeypatch.chdir(tmp_path)
+    place = server()
+    assert place is not None
+    models = Models.load(None, names["hasher"], None)
+    made = Collection.create(place, models, approximate_from=256)
+    assert made.store.binary and made.record["binary"]  # type: ignore[attr-defined]
+    codes = np.random.default_rng(0).integers(0, 256, (300, 2), dtype=np.uint8)
+    made.add_rows(
+        [Row(f"{i:032x}", f"{i}.jpg", f"{i:064x}", code_raw=code) for i, code in enumerate(codes)]
+    )
+    stored = {r.uri: r.code_raw for part in made.store.rows(["code_raw"]) for r in part}
+    assert all(np.array_equal(stored[f"{i}.jpg"], code) for i, code in enumerate(codes))
+    bits = np.unpackbits(codes, axis=1)
+    for query in codes[:5]:
+        far = np.sort((bits != np.unpackbits(query)).sum(1))[:10]
+        for exact in (True, False):
+            found = made.store.nearest("code_raw", query, 10, exact=exact)
+            assert np.allclose([s for _, s in found], 1 - 2 * far / 16), exact
+    assert Collection.open(place, models).record == made.record
+    assert made.remove(uris=["3.jpg"]) == 1 and len(made) == 299
+
+
+@pytest.mark.skipif(version("milvus-lite").startswith("2."), reason="no declared fields there")
 def test_the_same_answers_as_lancedb(tmp_path, names):
     pytest.importorskip("lancedb")
     photos = [draw(tmp_path / "p" / f"{i:02d}.png", i) for i in range(8)]
@@ -101,6 +137,13 @@ def test_pages_of_rows_hold_every_row_once(tmp_path, names):
     assert max(map(len, pages)) <= 7 and sorted(r.id for p in pages for r in p) == [
         r.id for r in rows
     ]
+
+
+@pytest.mark.skipif(not version("milvus-lite").startswith("2."), reason="Milvus Lite 3 has them")
+def test_declared_fields_need_more_than_milvus_lite_two(tmp_path, names):
+    models = Models.load(names["encoder"], None, None)
+    with pytest.raises(ValueError, match="Milvus Lite 2 has no declared fields"):
+        Collection.create(str(tmp_path / "m.db"), models, fields={"n": "int"})
 
 
 def test_places_that_are_not_there(tmp_path, names):

@@ -2,9 +2,10 @@
 
 ``id`` is the primary key and rows go in by upsert, so the same row twice is one row. The record of
 a collection is the description of its schema, or a row beside it where none is kept. Codes are
-native binary vectors; where the server has none (Milvus Lite 3), they are stored as floats of +-1,
-whose inner product ranks the same. A token is read from the environment variable
-``PAIR_MILVUS_TOKEN``.
+native binary vectors, compared by Hamming distance; Milvus Lite 3 refuses that type ("BinaryVector
+which MilvusLite does not support"), there they are stored as floats of +-1, whose inner product
+ranks the same. Milvus Lite 2 has them, but no columns that may be empty, so no declared fields. A
+token is read from the environment variable ``PAIR_MILVUS_TOKEN``.
 """
 
 from __future__ import annotations
@@ -67,12 +68,13 @@ def _connect(place: str) -> Any:
         return library.MilvusClient(place, token=os.environ.get(TOKEN, ""), timeout=30)
 
 
-def _lite_without_bits(place: str) -> bool:
+def _lite(place: str) -> int:
+    """The version of Milvus Lite behind ``place``; 0 for a server."""
     if "://" in place or place.startswith("unix:"):
-        return False
+        return 0
     from importlib.metadata import version
 
-    return int(version("milvus-lite").partition(".")[0]) >= 3
+    return int(version("milvus-lite").partition(".")[0])
 
 
 class MilvusStore:
@@ -85,21 +87,21 @@ class MilvusStore:
     @classmethod
     def create(cls, place: str, name: str, layout: Layout, record: dict[str, Any]) -> MilvusStore:
         client = _connect(place)
-        library = _library()
+        library, lite = _library(), _lite(place)
+        if lite == 2 and layout.fields:
+            raise ValueError(
+                f"{place}: Milvus Lite 2 has no declared fields: use Milvus Lite 3 or a server"
+            )
         with _plain_errors(place, "create"):
             if client.has_collection(name):
                 raise ValueError(f"there is a collection {place}#{name} already")
-            for binary in (False,) if _lite_without_bits(place) else (True, False):
-                record = {**record, "binary": binary}
-                try:
-                    _create(client, name, layout, record)
-                    break
-                except library.MilvusException as error:
-                    if client.has_collection(name):  # a failed index leaves a collection behind
-                        client.drop_collection(name)
-                    words = str(error).lower()
-                    if not (binary and layout.bits and ("binary" in words or "type" in words)):
-                        raise
+            record = {**record, "binary": lite < 3}
+            try:
+                _create(client, name, layout, record)
+            except library.MilvusException:
+                if client.has_collection(name):  # a failed index leaves a collection behind
+                    client.drop_collection(name)
+                raise
             if client.describe_collection(name)["description"] != json.dumps(record):
                 _keep_record(client, name, record)
             client.load_collection(name)
