@@ -4,15 +4,12 @@ import json
 
 import pytest
 import torch
-from attack_models import photos, seeded
+from attack_models import seeded
 from typer.testing import CliRunner
 
 from pair.attacks.patch import Patch
 from pair.cli import app
 from pair.images import load_image, save_image
-from pair.retrieval.clip import ClipConfig, SmallClip
-from pair.retrieval.hashing import HashConfig, HashNet
-from pair.retrieval.resnet import ResNetConfig
 
 RUN = CliRunner()
 
@@ -21,24 +18,6 @@ def pair(*words) -> str:
     result = RUN.invoke(app, [str(w) for w in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with two tiny models and some photos."""
-    root = tmp_path_factory.mktemp("attack")
-    torch.manual_seed(0)
-    small = ResNetConfig(layers=(1, 1, 1, 1), width=8)
-    words = ("<pad>", "<unknown>", "laptop", "photo")
-    clip = ClipConfig(image_size=32, dim=8, backbone=small, text_width=16, text_heads=2,
-                      text_depth=1, vocabulary=words)  # fmt: skip
-    SmallClip(clip).save_pretrained(root / "clip")
-    HashNet(HashConfig(image_size=32, bits=16, backbone=small)).save_pretrained(root / "csq")
-    for name, seed in (("ads", 1), ("target", 5)):
-        (root / name).mkdir()
-        for i, image in enumerate(photos(3, seed)):
-            save_image(root / name / f"{name}{i}.png", image)
-    return root
 
 
 def test_tth_writes_a_patch_with_its_record(folder, tmp_path):

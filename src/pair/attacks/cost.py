@@ -43,16 +43,23 @@ def measure(
     repeats: int = 2,
     micro_batch: int = 64,
     precision: str = "fp32",
+    backward: bool = True,
 ) -> float:
-    """Seconds per sample gradient: the best of ``repeats`` steps of at most one micro-batch."""
+    """Seconds per sample gradient: the best of ``repeats`` steps of at most one micro-batch.
+
+    Without ``backward`` per forward pass, which is all that an attack without gradients needs.
+    """
     batch = images[:micro_batch]
     draws = max(1, min(eot, micro_batch // len(batch)))
     function = EOT(features, draws, micro_batch=micro_batch, precision=precision)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
-        x = batch.clone().requires_grad_(True)
+        x = batch.clone().requires_grad_(backward)
         begin = time.perf_counter()
-        torch.autograd.grad(function(x, torch.Generator().manual_seed(0)).square().sum(), x)
+        with torch.set_grad_enabled(backward):
+            value = function(x, torch.Generator().manual_seed(0)).square().sum()
+        if backward:
+            torch.autograd.grad(value, x)
         if x.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
@@ -81,6 +88,14 @@ def estimate(
         updates = halved_steps(config)
         gradients = updates * min(config.carriers or images, images) * config.eot
     return Cost(updates, gradients, None if per_gradient is None else gradients * per_gradient)
+
+
+def with_places(cost: Cost, grid: int, coarse_steps: int = 30, keep: int = 3) -> Cost:
+    """The same with the search for a place before it (:func:`pair.attacks.search`), at most."""
+    more = coarse_steps * (grid**2 + min(keep, grid**2))
+    share = (cost.updates + more) / cost.updates
+    seconds = None if cost.seconds is None else cost.seconds * share
+    return Cost(cost.updates + more, round(cost.gradients * share), seconds)
 
 
 def halved_steps(config: TTHConfig) -> int:

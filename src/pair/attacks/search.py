@@ -142,16 +142,19 @@ def location_search(
     generator: torch.Generator | None = None,
     selection_seed: int = 2_000_003,
     selection_draws: int = 6,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> AttackResult:
     """Choose the place too: a coarse grid, the best few again, then hill climbing while optimising.
 
-    The budget of the last phase is ``config.steps``; the grid costs grid^2 * coarse_steps more.
+    The budget of the last phase is ``config.steps``; the grid costs grid^2 * coarse_steps more,
+    and ``keep`` * coarse_steps again. ``options`` go to :func:`pair.attacks.tth.tth`.
     """
     generator = generator or torch.Generator().manual_seed(0)
     goal: Goal = TextGoal(target) if isinstance(target, Tensor) else target
     height, width = images.shape[-2:]
     room = (height - patch.size[0], width - patch.size[1])
-    used = forwards = 0
+    used = forwards = taken = 0
     seconds = 0.0
 
     def rate(candidate: Patch) -> float:
@@ -159,10 +162,18 @@ def location_search(
         return score(features, images, candidate, goal, selection_draws, chooser)
 
     def run(start: Patch, steps: int, first: int, total: int) -> AttackResult:
-        nonlocal used, forwards, seconds
+        nonlocal used, forwards, seconds, taken
+        before = taken
+
+        def tell(step: int, _: int, loss: float) -> None:
+            if progress is not None:
+                progress(before + step, whole, loss)
+
         part = replace(config, steps=steps, restarts=(), first_step=first, total_steps=total,
                        snapshots=())  # fmt: skip
-        result = tth(features, images, goal, config=part, patch=start, generator=generator)
+        result = tth(features, images, goal, config=part, patch=start, generator=generator,
+                     progress=tell, **options)  # fmt: skip
+        taken += steps
         used, forwards = used + result.gradients_used, forwards + result.forwards
         seconds += result.seconds
         return result
@@ -176,7 +187,9 @@ def location_search(
         for y in range(grid)
         for x in range(grid)
     ]
-    tried = [run(moved(patch, *spot), coarse_steps, 0, coarse_steps).patch for spot in set(spots)]
+    spots = sorted(set(spots))  # a patch as large as the image has one place only
+    whole = coarse_steps * (len(spots) + min(keep, len(spots))) + config.steps
+    tried = [run(moved(patch, *spot), coarse_steps, 0, coarse_steps).patch for spot in spots]
     best = sorted(tried, key=rate)[:keep]
     best = sorted((run(p, coarse_steps, 0, coarse_steps).patch for p in best), key=rate)
     current, done = best[0], 0
@@ -191,6 +204,7 @@ def location_search(
             moves = [(0, 0), (hill, 0), (-hill, 0), (0, hill), (0, -hill)]
             current = min((moved(current, top + y, left + x) for y, x in moves), key=rate)
     result.patch, result.losses = current, losses
+    result.config = {**result.config, "steps": config.steps}
     result.gradients_used, result.forwards, result.seconds = used, forwards, seconds
     result.seeds = {"optimise": generator.initial_seed(), "select": selection_seed}
     return result

@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pair.attacks.optimise import AttackResult, Progress
-    from pair.attacks.wrappers import Adaptive
+from pair.commands import _attack as common
+from pair.commands import _attack_other as other
+from pair.commands._attack import (
+    Captions,
+    Defended,
+    DryRun,
+    Eot,
+    Keyword,
+    Limit,
+    MicroBatch,
+    Out,
+    Photos,
+    Place,
+    Plateau,
+    Precision,
+    Preset,
+    Pretrained,
+    Searches,
+    Seed,
+    Shape,
+    Size,
+    TextModel,
+    Threads,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Make adversarial patches; for tests of your own.")
-
-Photos = Annotated[list[Path], typer.Argument(help="Photos, and folders with all below.")]
-Out = Annotated[Path, typer.Option(help="The patch: writes OUT.png and OUT.json.")]
-Preset = Annotated[
-    str, typer.Option(help="paper, released, std, strong or max (see the documentation).")
-]
-Defended = Annotated[
-    str | None, typer.Option(help="Attack through this defense, for example 'pair'.")
-]
-Eot = Annotated[int | None, typer.Option(min=1, help="Draws of a random defense per step.")]
-Size = Annotated[float | None, typer.Option(help="Side of the patch as a share of the image's.")]
-Limit = Annotated[int, typer.Option(min=1, help="Use at most so many photos.")]
-Seed = Annotated[int, typer.Option(help="Seed of the optimisation.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the expected cost and stop.")]
-Precision = Annotated[
-    str, typer.Option(help="fp32, or bf16: faster on some machines, rougher gradients.")
-]
-Plateau = Annotated[
-    int | None,
-    typer.Option(min=2, help="Stop when so many steps brought less than 1 % of the gain so far."),
-]
-MicroBatch = Annotated[int, typer.Option(min=1, help="Images computed at a time.")]
 
 
 @app.command()
 def tth(
     photos: Photos,
-    keyword: Annotated[str, typer.Option(help="Word whose searches shall find the photos.")],
     out: Out,
-    captions: Annotated[
-        Path | None,
-        typer.Option(help="Text file, a caption per line: those with the word set the target."),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="Text-image model: shipped name, folder or hub repository.")
-    ] = "clip-small",
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip tag or file; --model is then its architecture.")
-    ] = None,
+    keyword: Keyword = None,
+    captions: Captions = None,
+    searches: Searches = None,
+    model: TextModel = "clip-small",
+    pretrained: Pretrained = None,
     defense: Defended = None,
     preset: Preset = "paper",
     steps: Annotated[
@@ -67,15 +55,27 @@ def tth(
         float | None, typer.Option(help="Weight of staying like --start.")
     ] = None,
     size: Size = None,
-    placement: Annotated[
-        str, typer.Option(help="top-left, top-right, ..., centre, random-image or random-step.")
-    ] = "top-right",
+    placement: Place = "top-right",
     start: Annotated[
         str | None, typer.Option(help="qr[:text], text:<words>, noise, grey, logo or a picture.")
     ] = None,
-    shape: Annotated[
-        str, typer.Option(help="square, circle, or frame:<border as a share of the patch>.")
-    ] = "square",
+    shape: Shape = "square",
+    parameters: Annotated[
+        str, typer.Option(help="What is optimised: pixels, tiles:<side> or dct:<k>.")
+    ] = "pixels",
+    restarts: Annotated[
+        str | None,
+        typer.Option(
+            help="Starts that compete, the better half going on: carriers, dct, tiles; by commas."
+        ),
+    ] = None,
+    locate: Annotated[
+        int | None,
+        typer.Option(min=2, help="Search the place too: of so many times so many to begin with."),
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="A patch of its own for every photo: OUT-<photo>.png.")
+    ] = False,
     printed: Annotated[
         bool, typer.Option("--printed", help="Turn, scale, dim and blur it in every step.")
     ] = False,
@@ -93,56 +93,66 @@ def tth(
 ) -> None:
     """TTH: one patch that makes photos appear in searches for a keyword.
 
-    Stop it at any time; the same command continues where it was.
+    Stop it at any time; the same command continues where it was (except with --locate).
     """
     import torch
 
-    from pair.attacks.keywords import select_captions, target_embedding
     from pair.attacks.patch import Patch
+    from pair.attacks.search import location_search
     from pair.attacks.transforms import PrintTransform
     from pair.attacks.tth import TTHConfig
     from pair.attacks.tth import tth as optimise
-    from pair.data.prompts import TRAIN_TEMPLATES, sentences
 
     torch.set_num_threads(threads)
-    encoder = _text_model(model, pretrained)
+    if restarts is not None and (each or locate is not None):
+        raise ValueError("--restarts compare whole patches: leave out --each and --locate")
+    if locate is not None and each:
+        raise ValueError("--locate looks for one place: leave out --each")
+    encoder = common.text_model(model, pretrained)
     changes: dict[str, Any] = {
         "steps": steps, "eot": eot, "lr": lr, "distortion": distortion, "size": size,
         "placement": placement, "start": start, "micro_batch": micro_batch,
-        "precision": precision, "carriers": carriers, "plateau": _plateau(plateau),
+        "precision": precision, "carriers": carriers, "plateau": common.plateau(plateau),
+        "parameters": parameters,
     }  # fmt: skip
-    if start is not None or warm is not None or shape != "square":
+    one = start is not None or warm is not None or shape != "square" or each or locate is not None
+    if restarts is not None:
+        changes["restarts"] = tuple(name.strip() for name in restarts.split(","))
+    elif one:
         changes["restarts"] = ()
+    if each:
+        changes["scope"] = "per-image"
     config = TTHConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
-    victim, config = _victim(encoder, defense, config, eot)
-    if captions is None:
-        lines = sentences([keyword], TRAIN_TEMPLATES)
-    else:
-        lines = select_captions(captions.read_text().splitlines(), keyword)
-        if not lines:
-            raise ValueError(f"no caption in {captions} matches the keyword {keyword!r}")
-    target = target_embedding(encoder, lines)
-    images = _load(photos, encoder.image_size, limit)
-    if not _announce(config, victim, images, dry_run):
+    victim, config = common.victim(encoder, defense, config, eot)
+    goal, _, facts = common.goal(encoder, keyword, captions, searches)
+    files = common.files(photos)[:limit]
+    images = common.load(files, encoder.image_size, limit)
+    if not common.announce(config, victim, images, dry_run, locate):
         return
-    patch = None if warm is None else Patch.load(warm).fit(encoder.image_size)
-    if warm is None and shape != "square":
-        patch = _shaped(shape, config, encoder.image_size, seed)
-    with _bar() as progress:
-        result = optimise(
-            victim.features,
-            images,
-            target,
-            config=config,
-            patch=patch,
-            generator=torch.Generator().manual_seed(seed),
-            progress=progress,
-            checkpoint=_checkpoint(out),
-            penalty=victim.penalty,
-            transform=PrintTransform() if printed else None,
-        )
-    facts = {"keyword": keyword, "captions": len(lines)}
-    _store(result, out, {"model": model, "defense": defense, "preset": preset, **facts})
+    patch = None
+    if warm is not None:
+        patch = Patch.load(warm).fit(encoder.image_size)
+    elif shape != "square" or locate is not None:
+        patch = common.shaped(shape, config.start, config.size, placement, encoder.image_size, seed)
+    options: dict[str, Any] = {
+        "config": config,
+        "generator": torch.Generator().manual_seed(seed),
+        "penalty": victim.penalty,
+        "transform": PrintTransform() if printed else None,
+    }
+    with common.bar() as progress:
+        options["progress"] = progress
+        if locate is not None and patch is not None:
+            result = location_search(victim.features, images, goal, patch, grid=locate, **options)
+        else:
+            saved = common.checkpoint(out)
+            result = optimise(
+                victim.features, images, goal, patch=patch, checkpoint=saved, **options
+            )
+    names = common.names(files) if each else None
+    common.store(
+        result, out, {"model": model, "defense": defense, "preset": preset, **facts}, names
+    )
 
 
 @app.command()
@@ -185,7 +195,7 @@ def advhash(
         "size": size,
         "micro_batch": micro_batch,
         "precision": precision,
-        "plateau": _plateau(plateau),
+        "plateau": common.plateau(plateau),
     }
     config = AdvHashConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
     if config.plateau is not None and config.optimiser == "sign":
@@ -195,13 +205,13 @@ def advhash(
             f"preset {preset!r} leaves the range [0, 1], which a defense refuses: use another"
         )
     with torch.no_grad():
-        code = anchor_code(encoder.codes(_load([target], encoder.image_size, 256)))
-    victim, config = _victim(encoder, defense, config, eot)
+        code = anchor_code(encoder.codes(common.load([target], encoder.image_size, 256)))
+    victim, config = common.victim(encoder, defense, config, eot)
     features = encoder.image_features if config.compat else victim.features
-    images = _load(photos, encoder.image_size, limit)
-    if not _announce(config, victim, images, dry_run):
+    images = common.load(photos, encoder.image_size, limit)
+    if not common.announce(config, victim, images, dry_run):
         return
-    with _bar() as progress:
+    with common.bar() as progress:
         result = optimise(
             features,
             images,
@@ -209,11 +219,15 @@ def advhash(
             config=config,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
-            checkpoint=_checkpoint(out),
+            checkpoint=common.checkpoint(out),
             penalty=victim.penalty,
         )
     facts = {"target": target.name, "agreement": result.curves.get("agreement", [])[-1:]}
-    _store(result, out, {"model": model, "defense": defense, "preset": preset, **facts})
+    common.store(result, out, {"model": model, "defense": defense, "preset": preset, **facts}, None)
+
+
+for command in (other.perturb, other.blackbox, other.floor, other.score):
+    app.command()(command)
 
 
 @app.command()
@@ -231,149 +245,11 @@ def apply(
 
     loaded = Patch.load(patch)
     generator = torch.Generator().manual_seed(seed)
-    files = _files(photos)
-    names = [f"{file.stem}.png" for file in files]
-    if len(set(names)) < len(names):
-        double = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"two photos would become {double}: give their folders one by one")
+    files = common.files(photos)
+    names = [f"{name}.png" for name in common.names(files)]
     out.mkdir(parents=True, exist_ok=True)
     for file, name in zip(files, names, strict=True):
         image = load_image(file)[None]
         fitted = loaded.fit(min(image.shape[-2:]))
         save_image(out / name, fitted.apply(image, generator)[0])
     typer.echo(f"{len(files)} photos with the patch in {out}")
-
-
-def _files(paths: list[Path]) -> list[Path]:
-    from pair.guard.plan import named_like_image
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if p.is_file() and named_like_image(str(p)))
-            files += sorted(found)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ValueError(f"there is no photo or folder {path}")
-    if not files:
-        raise ValueError(f"no photos in {', '.join(map(str, paths))}")
-    return files
-
-
-def _load(paths: list[Path], size: int, limit: int) -> Tensor:
-    from pair.images import load_batch
-
-    return load_batch(_files(paths)[:limit], size)
-
-
-def _text_model(name: str, pretrained: str | None) -> Any:
-    if pretrained is not None:
-        from pair.retrieval.openclip import OpenClip
-
-        return OpenClip.from_pretrained(name, pretrained)
-    from pair.retrieval.clip import SmallClip
-
-    return SmallClip.from_pretrained(name)
-
-
-def _victim(
-    encoder: Any, defense: str | None, config: Any, eot: int | None
-) -> tuple[Adaptive, Any]:
-    """The encoder behind the defense; without a random defense one draw per step is enough."""
-    from dataclasses import replace
-
-    from pair.attacks.wrappers import Adaptive, adaptive, as_features
-    from pair.defenses import make
-
-    if defense is None:
-        victim = Adaptive(as_features(encoder), 1, None, "exact")
-    else:
-        victim = adaptive(encoder, make(defense))
-    if victim.samples == 1 and eot is None:
-        config = replace(config, eot=1)
-    return victim, config
-
-
-def _plateau(window: int | None) -> tuple[int, float] | None:
-    return None if window is None else (window, 0.01)
-
-
-def _shaped(shape: str, config: Any, image_size: int, seed: int) -> Any:
-    """A start of the configured size and place that is not a full square."""
-    import torch
-
-    from pair.attacks import carriers
-    from pair.attacks.patch import Patch
-
-    side = carriers.pixels(config.size, image_size)
-    kind, _, border = shape.partition(":")
-    try:
-        if kind == "circle" and not border:
-            mask = carriers.circle(side)
-        elif kind == "frame" and border:
-            mask = carriers.frame(side, side, max(1, int(float(border) * side)))
-        else:
-            raise ValueError("not known")
-    except ValueError as error:
-        raise ValueError(f"no shape {shape!r}: use square, circle or frame:0.2 ({error})") from None
-    generator = torch.Generator().manual_seed(seed)
-    return Patch.make(
-        config.start, side, image_size, config.placement, mask=mask, generator=generator
-    )
-
-
-def _announce(config: Any, victim: Adaptive, images: Tensor, dry_run: bool) -> bool:
-    from pair.attacks.cost import estimate, measure
-
-    pace = measure(
-        victim.features,
-        images,
-        config.eot,
-        micro_batch=config.micro_batch,
-        precision=config.precision,
-    )
-    typer.echo(f"{len(images)} photos; {estimate(config, len(images), pace)}", err=True)
-    return not dry_run
-
-
-def _checkpoint(out: Path) -> Path:
-    return Path(f"{out}.checkpoint")
-
-
-def _store(result: AttackResult, out: Path, facts: dict[str, Any]) -> None:
-    record = {**result.record(), "losses": [round(v, 6) for v in result.losses]}
-    png = result.patch.with_content(result.patch.content, **facts, **record).save(out)
-    for file in out.parent.glob(f"{_checkpoint(out).name}*"):
-        file.unlink()
-    typer.echo(
-        f"{png}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} "
-        f"in {result.gradients_used:,} sample gradients ({result.stopped})"
-    )
-    if result.late_gain() >= 0.01:
-        typer.echo("the loss was still falling at the end: more steps give a stronger patch")
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """Steps, loss and time left on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("optimising"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("attack", total=None, loss=0.0)
-        yield lambda step, steps, loss: bar.update(task, total=steps, completed=step, loss=loss)
