@@ -424,6 +424,29 @@ def test_approximate_index_and_its_recall(tmp_path, models):
     assert made.info(recall=20).recall["vector"] == pytest.approx(np.mean(shares), abs=0.02)
 
 
+def test_index_of_odd_dimensions(tmp_path):
+    """RaBitQ wants multiples of 8; the recall holds for others too."""
+
+    class Numbers:
+        fingerprint, dim, image_size = "synthetic", 20, 1
+
+    made = Collection.create(str(tmp_path / "c"), Models(encoder=Numbers()), approximate_from=500)
+    made.add_rows(synthetic(0, 1000, dim=20))
+    info = made.info(recall=20)
+    assert info.indexes["vector_raw"]["rows"] == 1000 and info.recall["vector_raw"] > 0.9
+
+
+def test_memory_for_indexes_is_bounded_by_a_number(tmp_path, models, monkeypatch):
+    monkeypatch.setenv("PAIR_INDEX_CACHE_MB", "lots")
+    with pytest.raises(ValueError, match="PAIR_INDEX_CACHE_MB is 'lots'"):
+        Collection.create(str(tmp_path / "c"), models)
+    monkeypatch.setenv("PAIR_INDEX_CACHE_MB", "0")  # nothing is kept: slower, the same answers
+    made = Collection.create(str(tmp_path / "c"), models, approximate_from=500)
+    rows = synthetic(0, 600)
+    made.add_rows(rows)
+    assert made.store.nearest("vector", rows[7].vector, 1)[0][0].uri == "7.jpg"
+
+
 def run(*arguments: str, monkeypatch, capsys) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["pair", *arguments])
     with pytest.raises(SystemExit) as done:

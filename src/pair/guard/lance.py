@@ -29,6 +29,7 @@ KEEP_VERSIONS = timedelta(hours=1)  # readers of an older state have that long t
 PARTITION = 4096  # rows per partition of an index, about
 PROBES, REFINE = 20, 10
 TRIES = 12
+CACHE = "PAIR_INDEX_CACHE_MB"
 CONFLICT = "onflict"  # in upper or lower case, in LanceDB's messages
 _DISK = {
     "No space left": errno.ENOSPC,
@@ -73,9 +74,18 @@ def _plain_errors(place: str, doing: str) -> Iterator[None]:
 
 def _connect(place: str) -> Any:
     lancedb, _ = _library()
+    session = lancedb.Session(index_cache_size_bytes=_cache(), metadata_cache_size_bytes=2**28)
     # Always the latest state: other processes write too.
     with _plain_errors(place, "open"):
-        return lancedb.connect(place, read_consistency_interval=timedelta(0))
+        return lancedb.connect(place, read_consistency_interval=timedelta(0), session=session)
+
+
+def _cache() -> int:
+    """Bytes of indexes that may stay in memory."""
+    given = os.environ.get(CACHE, "1024")
+    if not given.isdecimal():
+        raise ValueError(f"{CACHE} is {given!r}: it is the number of MB for indexes in memory")
+    return int(given) * 2**20
 
 
 class LanceStore:
@@ -233,13 +243,12 @@ class LanceStore:
             if column in indexed:
                 continue
             cells = max(1, total // PARTITION)
-            config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
-            if kind == "float":
-                config = index.IvfPq(
-                    distance_type="cosine",
-                    num_partitions=cells,
-                    num_sub_vectors=_divisor(size, size // 4),
-                )
+            if kind == "bits":
+                config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
+            elif size % 8 == 0:  # RaBitQ: a bit per number, nothing to train but the clusters
+                config = index.IvfRq(distance_type="cosine", num_partitions=cells, num_bits=1)
+            else:
+                config = index.IvfSq(distance_type="cosine", num_partitions=cells)
             self.table.create_index(column, config=config)
 
     def stats(self) -> dict[str, Any]:
@@ -319,8 +328,3 @@ def _matrix(column: Any) -> np.ndarray:
 def _in(column: str, values: Sequence[str]) -> str:
     listed = ", ".join("'" + str(v).replace("'", "''") + "'" for v in values)
     return f"{column} in ({listed})"
-
-
-def _divisor(of: int, about: int) -> int:
-    """The divisor of ``of`` that is next to ``about``."""
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - about))
