@@ -18,12 +18,12 @@ from pair.attacks.sanity import Check
 from pair.attacks.wrappers import Adaptive, as_features
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.scenario import Row, Settings
-from pair.bench.search import HashSearch
+from pair.bench.search import BATCH, HashSearch
 from pair.bench.store import key_of
 from pair.bench.text import settled, summary
-from pair.images import load_batch, quantise
+from pair.images import quantise
 from pair.retrieval.metrics import average_precision
-from pair.retrieval.scores import Hamming
+from pair.retrieval.scores import Hamming, Rows
 
 
 def ends(unit: str) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def unpacked(rows: list[str], bits: int) -> Tensor:
     return torch.tensor(digits, dtype=torch.float32) * 2 - 1
 
 
-def precisions(codes: Tensor, gallery: Tensor, relevant: Tensor, top: int) -> list[float]:
+def precisions(codes: Tensor, gallery: Tensor, relevant: Rows, top: int) -> list[float]:
     """Expected AP@top of each query; ties are averaged over all their orders."""
     k = min(top, len(gallery))
     found = average_precision(Hamming(codes, gallery), relevant, k)
@@ -79,7 +79,7 @@ def optimise(
     with bench.store.lock(f"patch-{key}", wait=True):
         if (kept := bench.store.patch(key)) is not None:
             return kept, kept.notes
-        images = load_batch(_pool(bench, source)[: s.sources], s.image_size).to(s.device)
+        images = bench.hash.drawn(_pool(bench, source)[: s.sources]).to(s.device)
         generator = torch.Generator().manual_seed(seed)
         patch = Patch.make("noise", s.hash_size, s.image_size, place(row, s), generator=generator)
         result = advhash(
@@ -105,11 +105,14 @@ def _pool(bench: Bench, label: str):
 @torch.no_grad()
 def _anchor(bench: Bench, encoder: Any, target: str) -> Tensor:
     """Majority code of the target class in the gallery, as AdvHash votes."""
-    rows = [i for i, name in enumerate(bench.hash.labels) if name == target]
+    rows = bench.hash.having(target)
     if not rows:
         raise ValueError(f"the gallery has no photo of the class {target!r}")
-    outputs = encoder.encode_image(bench.hash.photos[rows].to(bench.settings.device))
-    return anchor_code(torch.where(outputs > 0, 1.0, -1.0).cpu())
+    outputs = [
+        encoder.encode_image(bench.hash.photos[rows[at : at + BATCH]].to(bench.settings.device))
+        for at in range(0, len(rows), BATCH)
+    ]
+    return anchor_code(torch.where(torch.cat(outputs) > 0, 1.0, -1.0).cpu())
 
 
 def static_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, Any]]:
@@ -125,7 +128,7 @@ def static_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, An
 def clean(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every query photo against the clean gallery."""
     search, world, s = bench.hash_search(cell.row), bench.hash, bench.settings
-    gallery, relevant = search.gallery(world.photos), world.same(world.query_labels)
+    gallery, relevant = bench.codes(cell.row), world.same(world.query_labels)
     values, codes = [], []
     for draw in bench.draws(cell.row):
         found = search.codes(world.queries, seed_of("gallery", s.seed, draw=draw))
@@ -170,12 +173,13 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     source, target = ends(unit)
     at = world.of(source)
     images = world.queries[at]
-    gallery = search.gallery(world.photos)
-    own, other = world.same([source] * len(at)), world.same([target] * len(at))
+    gallery = bench.codes(row)
+    own = world.same([world.query_labels[i] for i in at])
+    other = world.same([target] * len(at))
     anchor = _anchor(bench, search.encoder, target)
     selection = {}
     if len(patches) > 1:
-        pool = load_batch(_pool(bench, source)[-8:], s.image_size)  # never those optimised on
+        pool = world.drawn(_pool(bench, source)[-8:])  # never those optimised on
         for name, patch in patches.items():
             seeds = [seed_of("select", s.seed, unit, d) for d in range(s.selection)]
             codes = [search.codes(quantise(patch.apply(pool)), seed) for seed in seeds]

@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pair import __version__
+from pair.bench import sets
 from pair.bench.models import CERTIFIED, Models
 from pair.bench.scenario import Row, Scenario, Settings, changed, units
 from pair.bench.search import HashSearch, Search, search
@@ -22,6 +24,8 @@ from pair.bench.world import HashWorld, TextWorld, hash_world, text_world
 CODE = 1  # raised whenever a change of the benchmark or the attacks changes what is measured
 # Where the work is done, and which cells there are, does not change a cell's numbers.
 NEUTRAL = ("device", "data", "keywords", "pairs", "units", "classes")
+# Of these, what they lead to is part of a cell: photos and the SHA-256 of models.
+PLACES = ("tiny", "shipped", "models", "workers")
 # A search without attack does not depend on how an attack would be made.
 CLEAN = ("source", "image_size", "per_class", "seeds", "seed")
 PURPOSES = {"optimise": 1, "select": 2, "evaluate": 3, "gallery": 4, "uploads": 5}
@@ -59,15 +63,17 @@ class Bench:
 
     @cached_property
     def models(self) -> Models:
-        return Models(self.settings, self.store.root / "tiny")
+        return Models(self.settings, self.store.root)
 
     @cached_property
     def text(self) -> TextWorld:
-        return text_world(self.settings)
+        found = sets.opened(self.settings, "text")
+        return text_world(self.settings) if found is None else sets.text_world(found, self.settings)
 
     @cached_property
     def hash(self) -> HashWorld:
-        return hash_world(self.settings)
+        found = sets.opened(self.settings, "photo")
+        return hash_world(self.settings) if found is None else sets.hash_world(found, self.settings)
 
     def hashing(self, row: Row) -> bool:
         return self.scenario.kind == "hash" or row.attack.get("panel") == "hash"
@@ -76,7 +82,7 @@ class Bench:
         """The keywords or pairs that are attacked."""
         s = self.settings
         if hashing:
-            return units(s, s.pairs)
+            return units(s, s.pairs or self.hash.pairs)
         return units(s, s.keywords or tuple(k for k, rows in self.text.members.items() if rows))
 
     def settings_of(self, row: Row) -> Settings:
@@ -129,7 +135,7 @@ class Bench:
             row |= {"attack": cell.row.attack}
             if cell.row.patches:
                 row["patches"] = _digest(Path(cell.row.patches))
-        settings.pop("tiny", None)
+        settings = {k: v for k, v in settings.items() if k not in PLACES}
         return {
             "code": CODE,
             "version": __version__,
@@ -153,6 +159,18 @@ class Bench:
             kept = self.search(row).rows(self.text.photos, seed_of("gallery", s.seed, draw=draw))
             self.store.keep_tensor(key, kept)
         return kept
+
+    def codes(self, row: Row) -> Tensor:
+        """Codes (N, K) of the clean gallery by the network of a row; kept on disk."""
+        hardened = row.defense in ("at", "hm")
+        models = self.models.facts(row if hardened else Row("", "none"), True)
+        key = key_of({"what": "codes", "code": CODE, "version": __version__, "models": models,
+                      "data": self.hash.digest, "side": self.settings.image_size})  # fmt: skip
+        kept = self.store.tensor(key)
+        if kept is None:
+            kept = self.hash_search(row).gallery(self.hash.photos).to(torch.int8)
+            self.store.keep_tensor(key, kept)
+        return kept.float()
 
     def draws(self, row: Row) -> range:
         """Purifications that are measured: one is all there is without randomness."""

@@ -31,6 +31,7 @@ from pair.attacks.wrappers import (
     pipeline,
 )
 from pair.bench.grid import Bench, Cell, seed_of
+from pair.bench.photos import decoded
 from pair.bench.scenario import Row, Settings
 from pair.bench.search import Search
 from pair.bench.store import key_of
@@ -44,7 +45,7 @@ from pair.bench.text import (
     static_patch,
     summary,
 )
-from pair.images import load_batch, quantise
+from pair.images import quantise
 
 PARTS = (8, 4, 2, 1)  # a curve is scored after these fractions of its steps
 MASKS = 8
@@ -203,7 +204,7 @@ def _unbounded(bench: Bench, cell: Cell) -> dict[str, Any]:
     plain, _ = _run(bench, bare, bench.models.clip().encode_image, config, start, "whole")
     alone = insert(bench, bare.row, unit, plain[max(plain)])
     files = bench.text.concepts.get(unit, [])[: s.ads]
-    genuine = _genuine(bench, cell, load_batch(files, s.image_size)) if files else []
+    genuine = _genuine(bench, cell, decoded(files, s.image_size)) if files else []
     check = sanity.s1_unbounded(
         share(whole["inserted"], s.k), share(genuine, s.k) if genuine else 0.0,
         share(alone["inserted"], s.k),
@@ -236,7 +237,7 @@ def _floor(bench: Bench, cell: Cell) -> dict[str, Any]:
     files = world.concepts.get(unit, [])
     entries = floor(
         search.features, world.ads[:3].to(s.device), search.target(world.targets[unit]), patch,
-        words=unit, photos=[load_batch([f], s.image_size)[0] for f in files[:6]], collages=40,
+        words=unit, photos=[decoded([f], s.image_size)[0] for f in files[:6]], collages=40,
         draws=s.selection, seed=seed_of("select", s.seed, unit, 700),
         prescreen=bench.models.clip().encode_image,
     )  # fmt: skip

@@ -1,4 +1,8 @@
-"""The models and defenses of a run, each loaded once, with the SHA-256 that a result names."""
+"""The models and defenses of a run, each loaded once, with the SHA-256 that a result names.
+
+A model is one of this package, a folder, or public weights in their own format: CLIP by open_clip
+(tag, file or folder), masked autoencoders by transformers or Meta.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,23 @@ from typing import Any
 from pair import hub
 from pair.bench import tiny
 from pair.bench.scenario import Row, Settings
+from pair.checkpoints import PICKLED, from_hf_vitmae, from_meta_mae
 from pair.defenses import DEFENSES, Defense, make
-from pair.masks import rule_from_config
+from pair.masks import ExactCount, rule_from_config
+from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.encoders import HashEncoder, TextImageEncoder
 from pair.retrieval.hashing import HashNet
+from pair.retrieval.openclip import OpenClip, split_spec
 
 CERTIFIED = "certified"
+OPEN_CLIP = "open_clip:"
+OPEN_CLIP_FILES = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
+)  # fmt: skip
+PICKLES = (".pth", ".pt")
+OPTIONS = {"pair-base": "--generator FOLDER", "csq-resnet50": "--csq FOLDER"}
 # How the weights that a defense needs are trained, should they be missing.
 RECIPES = {
     "sac-small": "sac",
@@ -33,22 +47,51 @@ RECIPES = {
 
 
 class Models:
-    """Looks models up: shipped ones, folders, or (``tiny``) random ones made in ``root``."""
+    """Looks models up: shipped ones, folders, or (``tiny``) random ones; ``root`` keeps those that
+    are made."""
 
     def __init__(self, settings: Settings, root: Path):
         self.settings, self.root = settings, root
         self._loaded: dict[str, Any] = {}
+        self._places: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
 
     def where(self, name: str) -> str:
-        """The folder or name under which a model is loaded."""
-        if self.settings.tiny and not name.startswith("open_clip:"):
-            return str(tiny.folder(name, self.root, self.settings.image_size))
-        return name
+        """The folder or name under which a model is loaded.
+
+        ``settings.models`` may put another in its place. A masked autoencoder of transformers
+        (folder) or Meta (file) is written as a generator folder first, once.
+        """
+        if self.settings.tiny and not name.startswith(OPEN_CLIP):
+            return str(tiny.folder(name, self.root / "tiny", self.settings.image_size))
+        name = self.settings.models.get(name, name)
+        if name not in self._places:
+            self._places[name] = self._made(name)
+        return self._places[name]
+
+    def _made(self, name: str) -> str:
+        """``name``, or the generator folder that is made of the public weights it names."""
+        path = Path(name)
+        if path.suffix in PICKLES and path.is_file():
+            weights = path
+        elif path.is_dir() and (path / hub.CONFIG).is_file() and not hub.kind_of(path):
+            weights = path / (hub.WEIGHTS if (path / hub.WEIGHTS).is_file() else PICKLED)
+        else:
+            return name
+        out = self.root / "models" / hub.sha256(weights)[:16]
+        if not (out / hub.CONFIG).is_file():
+            network = from_meta_mae(path) if weights == path else from_hf_vitmae(path)
+            # Never trained on visible tokens: only what was hidden is worth showing.
+            made = Purifier(network, ExactCount(0.5), output="paste")
+            made.save_pretrained(out, source=path.name)
+        return str(out)
 
     def sha(self, name: str) -> str:
         """SHA-256 of the weights; "missing" where there are none."""
-        if name.startswith("open_clip:"):
-            return name
+        if (name := self.settings.models.get(name, name)).startswith(OPEN_CLIP):
+            return self._sha_open_clip(name)
+        if self._foreign(name):
+            return "missing"
         try:
             folder = hub.resolve(self.where(name))
         except ValueError:
@@ -56,19 +99,43 @@ class Models:
         config = json.loads((folder / hub.CONFIG).read_text("utf-8"))
         return str(config.get("sha256") or hub.sha256(folder / hub.WEIGHTS))
 
+    def _sha_open_clip(self, name: str) -> str:
+        """Of a folder or file; a tag of the library stands for itself."""
+        if name not in self._digests:
+            spec = name.removeprefix(OPEN_CLIP)
+            folder = Path(spec.removeprefix("local-dir:"))
+            files = [folder / f for f in OPEN_CLIP_FILES] if folder.is_dir() else []
+            weights = next((f for f in files if f.is_file()), Path(split_spec(spec)[1]))
+            self._digests[name] = hub.sha256(weights) if weights.is_file() else name
+        return self._digests[name]
+
     def _load(self, name: str, load: Callable[[str], Any]) -> Any:
         if name not in self._loaded:
             self.need(name)
             self._loaded[name] = load(self.where(name)).to(self.settings.device)
         return self._loaded[name]
 
+    def _foreign(self, name: str) -> bool:
+        """Whether a model of this package would stand in where the scale does not want it to."""
+        s = self.settings
+        allowed = s.shipped or s.tiny or name in s.models
+        return not allowed and name in hub.shipped_models()
+
     def need(self, name: str) -> None:
         """Say how to get a model that is not there."""
+        if self._foreign(name):
+            raise ValueError(
+                f"{name} was trained on the photos of this package, which is not this scale: name "
+                f"weights of your own, --set models.{name}=FOLDER"
+            )
         if self.sha(name) != "missing":
             return
         kind = RECIPES.get(name)
         if kind is None:
-            raise ValueError(f"model {name!r} is not shipped: name a folder that holds it")
+            option = OPTIONS.get(name, f"--set models.{name}=FOLDER")
+            raise ValueError(
+                f"model {name!r} is not shipped: name a folder that holds it, {option}"
+            )
         command = kind.partition("-")[0]
         raise ValueError(
             f"model {name} is not shipped: train it with 'pair train {command} --recipe "
@@ -77,22 +144,21 @@ class Models:
 
     def clip(self) -> TextImageEncoder:
         name = self.settings.clip
-        if name.startswith("open_clip:"):
-            from pair.retrieval.openclip import OpenClip
-
-            architecture, _, weights = name.removeprefix("open_clip:").partition(":")
-            return self._load(name, lambda _: OpenClip.from_pretrained(architecture, weights))
+        if name.startswith(OPEN_CLIP):
+            return self._load(name, lambda n: OpenClip.from_spec(n.removeprefix(OPEN_CLIP)))
         return self._load(name, SmallClip.from_pretrained)
 
     def csq(self) -> HashEncoder:
         return self._load(self.settings.csq, HashNet.from_pretrained)
 
-    def defense(self, row: Row) -> Defense:
+    def defense(self, row: Row, hashing: bool = False) -> Defense:
         """The defense of a row; options that are mask rules or models are made of their names."""
         options = dict(row.options)
         if isinstance(options.get("rule"), dict):
             options["rule"] = rule_from_config(options["rule"])
         for option, name in self.named(row).items():
+            if option == ("clip" if hashing else "csq"):  # a hardened target of the other kind
+                continue
             self.need(name)
             options[option] = self.where(name)
         if row.defense in DEFENSES:

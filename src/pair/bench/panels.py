@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pair.bench import codes, text
 from pair.bench.grid import Bench, Cell, seed_of
+from pair.bench.photos import title
 from pair.bench.scenario import Row
 from pair.files import write_atomic
 from pair.images import quantise
@@ -54,7 +55,7 @@ def _text_panel(bench: Bench, cell: Cell):
                 tiles.append(Tile(patched[i], "advertisement", "advertisement"))
             else:
                 own = bool(world.relevant[at, i - len(planted)])
-                name = world.files[i - len(planted)].parent.name.replace("_", " ")
+                name = title(world.files[i - len(planted)])
                 tiles.append(
                     Tile(world.photos[i - len(planted)], name, "relevant" if own else "other")
                 )
@@ -72,7 +73,7 @@ def _hash_panel(bench: Bench, cell: Cell):
     for row in (BARE, cell.row):
         search = bench.hash_search(row)
         code = search.codes(patched, seed_of("evaluate", bench.settings.seed, unit))
-        scores = (code @ search.gallery(world.photos).T)[0]
+        scores = (code @ bench.codes(row).T)[0]
         order = scores.argsort(descending=True, stable=True)[:SHOWN]
         tiles = [
             Tile(world.photos[i], world.labels[i], kinds.get(world.labels[i], "other"))
@@ -83,7 +84,7 @@ def _hash_panel(bench: Bench, cell: Cell):
 
 
 def _steps(bench: Bench, row: Row, content: Tensor, before: Tensor, after: Tensor, unit: str):
-    defense = bench.models.defense(row)
+    defense = bench.models.defense(row, bench.hashing(row))
     seed = seed_of("evaluate", bench.settings.seed, unit)
     with torch.no_grad():
         rebuilt = defense(

@@ -39,6 +39,9 @@ def stamped(bench: Bench, scale: str) -> list[Line]:
     place = {"scale": scale, "tiny": bench.settings.tiny, "k": bench.settings.k,
              "relevant": bench.settings.relevant, "seeds": bench.settings.seeds,
              "cells": sum(len(bench.of_row(row)) for row in bench.scenario.rows)}  # fmt: skip
+    if bench.settings.source != "embedded":
+        hashing = bench.scenario.kind == "hash"
+        place["data"] = (bench.hash if hashing else bench.text).name
     return [{**line, "table": place} for line in tables.lines_of(bench)]
 
 

@@ -8,6 +8,7 @@ what the scales have in common. Settings win in the order scale < scenario < com
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -28,10 +29,13 @@ class Settings:
     user; a result depends on nothing else but its row, the models and the version."""
 
     # pictures and models
-    source: str = "embedded"  # "embedded", "captions" (a folder) or "classes" (a folder)
-    data: str = ""
+    source: str = "embedded"  # or yours, in ``data``: "captions" for texts, "classes" for photos
+    data: tuple[str, ...] = ()  # NAME:FOLDER of a data set (see pair.data.sets), or one folder
+    workers: int = 0  # processes that decode photos
     tiny: bool = False  # random models made on the fly: for tests of the machinery only
-    clip: str = "clip-small"  # "open_clip:<architecture>:<weights>" for public models
+    shipped: bool = True  # whether this package's weights may stand in for those of a defense
+    models: dict[str, str] = field(default_factory=dict)  # name in a row -> folder that replaces it
+    clip: str = "clip-small"  # "open_clip:<architecture>/<weights>" for public models
     csq: str = "csq-small"
     generator: str = "pair-small"
     image_size: int = 112
@@ -71,6 +75,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):  # one will do
+            object.__setattr__(self, "data", (self.data,) if self.data else ())
         for name in ("k", "ads", "seeds", "selection", "steps", "eot", "image_size", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -175,6 +181,28 @@ def settings(scenario: Scenario, scale: str, **changes: Any) -> Settings:
     return _typed(Settings, table, f"{scenario.name}, scale {scale}")
 
 
+def changes(given: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` (the value as in TOML, or a bare word) -> changes for :func:`settings`.
+
+    ``models.NAME=FOLDER`` adds to the table ``models``.
+    """
+    out: dict[str, Any] = {}
+    for change in given:
+        name, equals, text = change.partition("=")
+        table, dot, key = name.strip().partition(".")
+        if not equals or not table or (dot and not (table == "models" and key)):
+            raise ValueError(f"--set {change}: write KEY=VALUE or models.NAME=FOLDER")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        if dot:
+            out.setdefault(table, {})[key] = value
+        else:
+            out[table] = value
+    return out
+
+
 def changed(base: Settings, table: dict[str, Any], where: str) -> Settings:
     """``base`` with the settings that a row's ``attack`` names (shapes are read elsewhere)."""
     known = {f.name for f in fields(Settings)}
@@ -221,6 +249,8 @@ def _typed(cls: Any, data: dict[str, Any], where: str, **rest: Any) -> Any:
         value = given
         if plain is tuple and isinstance(given, list | tuple):
             value = tuple(given)
+        if key == "data" and isinstance(given, str):
+            value = (given,) if given else ()
         if plain is float and isinstance(given, int) and not isinstance(given, bool):
             value = float(given)
         if plain in (int, float, str, bool, tuple, dict) and type(value) is not plain:

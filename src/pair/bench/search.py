@@ -12,18 +12,20 @@ from torch import Tensor
 from pair.attacks.objectives import Goal, TextGoal
 from pair.attacks.wrappers import Adaptive, adaptive, as_features
 from pair.bench.models import CERTIFIED, Models
+from pair.bench.photos import Photos
 from pair.bench.scenario import Row
 from pair.certified import CertifiedPurifier, DeltaCap
 from pair.retrieval.hashing import binarise
 
 BATCH = 32
+CELLS = 2**27  # scores of views that are held at a time: half a gigabyte
 
 
 class Search:
     """A text search behind a defense. ``rows(images, seed)`` are unit features (B, 1, D)."""
 
     def __init__(self, models: Models, row: Row):
-        self.defense = models.defense(row)
+        self.defense = models.defense(row, False)
         self.encoder = self.defense.harden(models.clip())
         self.random = self.defense.random
         self.device = models.settings.device
@@ -34,14 +36,14 @@ class Search:
         return self.encoder.encode_image(self.defense(images, generator=generator))
 
     @torch.no_grad()
-    def rows(self, images: Tensor, seed: int) -> Tensor:
+    def rows(self, images: Tensor | Photos, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.cat([self._rows(b, generator).cpu() for b in self._batches(images)])
 
     def _rows(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return F.normalize(self.features(images, generator), dim=-1)[:, None]
 
-    def _batches(self, images: Tensor):
+    def _batches(self, images: Tensor | Photos):
         return (chunk.to(self.device) for chunk in images.split(BATCH))
 
     @torch.no_grad()
@@ -91,7 +93,9 @@ class CertifiedSearch(Search):
         return torch.cat([views.masked, views.plain[:, None]], 1)
 
     def scores(self, queries: Tensor, rows: Tensor) -> Tensor:
-        return self.pool(torch.einsum("qd,brd->qbr", queries, rows))
+        most = max(1, CELLS // (len(rows) * rows.shape[1]))  # queries at a time
+        parts = [torch.einsum("qd,brd->qbr", q, rows) for q in queries.split(most)]
+        return torch.cat([self.pool(part) for part in parts])
 
     def features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self._rows(images, torch.Generator()).flatten(1)
@@ -149,7 +153,7 @@ class HashSearch:
         if row.defense == CERTIFIED:
             raise ValueError("the certified mode of a hash search needs no attack: see "
                              "'pair bench-certified'")  # fmt: skip
-        self.defense = models.defense(row)
+        self.defense = models.defense(row, True)
         self.encoder = self.defense.harden(models.csq())
         self.random = self.defense.random
         self.device = models.settings.device
@@ -159,14 +163,14 @@ class HashSearch:
         return self.encoder.encode_image(self.defense(images, generator=generator))
 
     @torch.no_grad()
-    def codes(self, images: Tensor, seed: int) -> Tensor:
+    def codes(self, images: Tensor | Photos, seed: int) -> Tensor:
         """Codes (B, K) of +-1 of purified queries."""
         generator = torch.Generator().manual_seed(seed)
         chunks = (c.to(self.device) for c in images.split(BATCH))
         return torch.cat([binarise(self.features(c, generator)).cpu() for c in chunks])
 
     @torch.no_grad()
-    def gallery(self, images: Tensor) -> Tensor:
+    def gallery(self, images: Tensor | Photos) -> Tensor:
         """Codes (N, K) of the clean gallery."""
         chunks = (c.to(self.device) for c in images.split(BATCH))
         return torch.cat([binarise(self.encoder.encode_image(c)).cpu() for c in chunks])

@@ -289,6 +289,8 @@ def _notes(scenario, lines, facts, failures, checks) -> list[str]:
         "where the defense is random; percent, with 95 % cluster bootstrap intervals over keywords "
         "(pairs, classes): few clusters, read them as ranges."
     )
+    if "data" in facts:
+        setting += f" Measured on {facts['data']}."
     if facts.get("tiny"):
         setting += " Random models: the numbers mean nothing."
     notes.append(setting)

@@ -21,10 +21,11 @@ from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import Adaptive, as_features
 from pair.bench.checks import checks_of, plain, seeds_of
 from pair.bench.grid import Bench, Cell, seed_of
+from pair.bench.photos import whole
 from pair.bench.scenario import Row, Settings
 from pair.bench.search import CertifiedSearch, Search
 from pair.bench.store import key_of
-from pair.images import load_image, quantise
+from pair.images import quantise
 from pair.retrieval.metrics import item_ranks
 
 CURVE = 25  # points of a loss curve that a record keeps
@@ -218,7 +219,7 @@ def still_patches(bench: Bench, row: Row, unit: str, patch: Patch) -> dict[str, 
     ads = bench.text.ads[:4].to(s.device)
     families = {"typographic": floor.typographic(unit, h, w)[:6]}
     if files := bench.text.concepts.get(unit):
-        photos = [load_image(path) for path in files[:8]]
+        photos = [whole(item) for item in files[:8]]
         families["collage"] = floor.crops(
             photos, h, w, 12, torch.Generator().manual_seed(seed_of("select", s.seed, unit, 900))
         )

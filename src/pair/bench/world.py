@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from pair.attacks.keywords import KEYWORDS, caption_matches, select_captions
+from pair.bench.photos import Item, Photos, decoded, identity
 from pair.bench.scenario import Settings
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
-from pair.images import load_batch
+from pair.data.sets import searchable
+from pair.retrieval.scores import SameLabel
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -24,23 +27,24 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 class TextWorld:
     """A text-to-image search. ``queries`` are texts, ``relevant`` (Q, N) marks their photos."""
 
-    files: list[Path]
-    ad_files: list[Path]
+    files: Sequence[Item]
+    ad_files: Sequence[Item]
     queries: list[str]
     relevant: Tensor
     members: dict[str, list[int]]  # keyword -> its queries
     targets: dict[str, list[str]]  # keyword -> texts of e_t, none of them a query
-    concepts: dict[str, list[Path]]  # keyword -> photos of it outside the gallery
+    concepts: dict[str, list[Item]]  # keyword -> photos of it outside the gallery
     size: int
     name: str
+    workers: int = 0
 
     @cached_property
-    def photos(self) -> Tensor:
-        return load_batch(self.files, self.size)
+    def photos(self) -> Photos:
+        return Photos(self.files, self.size, workers=self.workers)
 
     @cached_property
     def ads(self) -> Tensor:
-        return load_batch(self.ad_files, self.size)
+        return decoded(self.ad_files, self.size)
 
     @property
     def keywords(self) -> list[str]:
@@ -58,23 +62,33 @@ class TextWorld:
 
 @dataclass
 class HashWorld:
-    """A search by photo: labelled gallery and queries, and photos to optimise patches on."""
+    """A search by photo: labelled gallery and queries, and photos to optimise patches on.
 
-    files: list[Path]
+    Several labels of one photo are joined by ";". ``pairs`` are attacked where none are named.
+    """
+
+    files: Sequence[Item]
     labels: list[str]
-    query_files: list[Path]
+    query_files: Sequence[Item]
     query_labels: list[str]
-    pool: dict[str, list[Path]]
+    pool: dict[str, list[Item]]
     size: int
     name: str
+    framed: bool = False
+    workers: int = 0
+    pairs: tuple[str, ...] = ()
 
     @cached_property
-    def photos(self) -> Tensor:
-        return load_batch(self.files, self.size)
+    def photos(self) -> Photos:
+        return Photos(self.files, self.size, self.framed, self.workers)
 
     @cached_property
-    def queries(self) -> Tensor:
-        return load_batch(self.query_files, self.size)
+    def queries(self) -> Photos:
+        return Photos(self.query_files, self.size, self.framed, self.workers)
+
+    def drawn(self, items: Sequence[Item]) -> Tensor:
+        """Photos of the pool (B, 3, S, S)."""
+        return decoded(items, self.size, self.framed)
 
     @cached_property
     def digest(self) -> str:
@@ -82,18 +96,36 @@ class HashWorld:
 
     def of(self, label: str) -> list[int]:
         """Queries of a class."""
-        rows = [i for i, name in enumerate(self.query_labels) if name == label]
+        rows = [i for i, names in enumerate(self.query_labels) if label in names.split(";")]
         if not rows:
             raise ValueError(f"no query photo of {self.name} has the class {label!r}")
         return rows
 
-    def same(self, labels: list[str]) -> Tensor:
-        """(Q, N): has the photo this label?"""
-        return torch.tensor([[own == want for own in self.labels] for want in labels])
+    def having(self, label: str) -> list[int]:
+        """Photos of the gallery with a label."""
+        return [i for i, names in enumerate(self.labels) if label in names.split(";")]
+
+    def same(self, labels: list[str]) -> SameLabel:
+        """(Q, N): does the photo have one of these labels? Computed a few rows at a time."""
+        names = sorted({n for joined in {*self.labels, *labels} for n in joined.split(";")})
+        number = {name: i for i, name in enumerate(names)}
+        if not any(";" in joined for joined in [*self.labels, *labels]):
+            wanted, own = ([number[n] for n in given] for given in (labels, self.labels))
+            return SameLabel(torch.tensor(wanted), torch.tensor(own))
+        return SameLabel(_hot(labels, number), _hot(self.labels, number))
 
 
-def _digest(name: str, files: list[Path], texts: list[str]) -> str:
-    lines = [name, *(f"{f.parent.name}/{f.name}" for f in files), *texts]
+def _hot(labels: list[str], number: dict[str, int]) -> Tensor:
+    """Multi-hot (N, C)."""
+    out = torch.zeros(len(labels), len(number), dtype=torch.bool)
+    for row, joined in enumerate(labels):
+        for name in joined.split(";"):
+            out[row, number[name]] = True
+    return out
+
+
+def _digest(name: str, files: Sequence[Item], texts: list[str]) -> str:
+    lines = [name, *map(identity, files), *texts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -160,7 +192,7 @@ def _embedded_hash(settings: Settings) -> HashWorld:
     names = chosen_classes(settings)
     gallery = _per_class(embedded.gallery(), names, settings.per_class)
     queries = embedded.queries(names)
-    pool: dict[str, list[Path]] = {}
+    pool: dict[str, list[Item]] = {}
     for path, label in embedded.pool():
         pool.setdefault(label, []).append(path)
     return HashWorld(
@@ -176,8 +208,12 @@ def _embedded_hash(settings: Settings) -> HashWorld:
 
 def _folder(settings: Settings, needed: tuple[str, ...], what: str) -> Path:
     if not settings.data:
-        raise ValueError(f"this scale needs data of your own: --data FOLDER with {what}")
-    root = Path(settings.data)
+        kind = "text" if settings.source == "captions" else "photo"
+        raise ValueError(
+            f"this scale needs data of your own: --data NAME:FOLDER with NAME one of "
+            f"{', '.join(searchable(kind))}; or --data FOLDER with {what}"
+        )
+    root = Path(settings.data[0])
     missing = [name for name in needed if not (root / name).exists()]
     if missing:
         raise ValueError(f"{root} has no {missing[0]}: give a folder with {what}")
@@ -241,7 +277,7 @@ def _classes(settings: Settings) -> HashWorld:
         return [(p, p.parent.name) for p in _photos(root / part)]
 
     gallery, queries = labelled("database"), labelled("query")
-    pool: dict[str, list[Path]] = {}
+    pool: dict[str, list[Item]] = {}
     for path, label in labelled("train"):
         pool.setdefault(label, []).append(path)
     return HashWorld(

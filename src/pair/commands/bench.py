@@ -14,6 +14,34 @@ Names = Annotated[
     typer.Argument(help="Scenarios: table1 ... table5, alpha, ladder, fig1, fig2, fig5, a .toml."),
 ]
 Scale = Annotated[str, typer.Option(help="smoke, small or paper.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME:FOLDER or NAME/PROTOCOL:FOLDER as of 'pair data list'; may be repeated."
+    ),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        help="Text-image model: a folder, open_clip:ARCHITECTURE/TAG, open_clip:ARCHITECTURE/FILE "
+        "or open_clip:local-dir:FOLDER."
+    ),
+]
+Csq = Annotated[str | None, typer.Option(help="Hash network: a folder.")]
+Generator = Annotated[
+    str | None,
+    typer.Option(
+        help="Generator of PAIR: a folder of ours or of transformers' ViTMAE, or Meta's .pth."
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any other setting, KEY=VALUE as in a scenario, such as static_steps=100 or "
+        "models.sac-small=FOLDER; may be repeated.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/bench/SCALE.")]
 
 
@@ -54,14 +82,14 @@ def run(
         int | None, typer.Option(min=1, help="Purifications per picture in the evaluation.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Base of all seeds.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder of your own data, for the scale paper.")
+    data: Data = None,
+    clip: Clip = None,
+    csq: Csq = None,
+    generator: Generator = None,
+    changes: Changes = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode photos.")
     ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="Text-image model, or open_clip:ARCHITECTURE:WEIGHTS.")
-    ] = None,
-    csq: Annotated[str | None, typer.Option(help="Hash model.")] = None,
-    generator: Annotated[str | None, typer.Option(help="Generator of PAIR.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     only: Annotated[str, typer.Option(help="Only rows whose label contains this.")] = "",
     retry_failed: Annotated[
@@ -78,13 +106,14 @@ def run(
     import torch
     from rich.console import Console
 
-    from pair.bench import runner
+    from pair.bench import runner, scenario
 
     torch.set_num_threads(threads)
     console = Console(stderr=True)
     given = {
         "units": keywords, "steps": steps, "ads": ads, "eot": eot, "seeds": seeds, "seed": seed,
         "data": data, "clip": clip, "csq": csq, "generator": generator, "device": device,
+        "workers": workers, **scenario.changes(changes or []),
     }  # fmt: skip
     benches = _benches(names, scale, out, given)
     total = 0.0
@@ -108,8 +137,10 @@ def run(
             f"{bench.scenario.name}: {outcome.done} cells measured, {outcome.found} found",
             highlight=False,
         )
-    for title, message in failed:
-        console.print(f"failed: {title}: {message}", highlight=False)
+    for message in dict.fromkeys(why for _, why in failed):
+        first, *more = [title for title, why in failed if why == message]
+        rest = f" and {len(more)} more" if more else ""
+        console.print(f"failed: {first}{rest}: {message}", highlight=False, markup=False)
     console.print(f"results: {benches[0].store.root}; 'pair bench report' makes the tables")
 
 
@@ -129,10 +160,11 @@ def report(
     eot: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="As given to 'pair bench run'.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="As given to 'pair bench run'.")] = None,
-    data: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
-    clip: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
-    csq: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
-    generator: Annotated[str | None, typer.Option(help="As given to 'pair bench run'.")] = None,
+    data: Data = None,
+    clip: Clip = None,
+    csq: Csq = None,
+    generator: Generator = None,
+    changes: Changes = None,
     rebuild: Annotated[
         bool,
         typer.Option("--rebuild", help="From the published files in OUT alone, without the run."),
@@ -143,6 +175,7 @@ def report(
     from rich.console import Console
 
     from pair.bench import report as pages
+    from pair.bench import scenario
     from pair.bench.scenario import load
     from pair.bench.tables import published
 
@@ -156,6 +189,7 @@ def report(
         given = {
             "units": keywords, "steps": steps, "ads": ads, "eot": eot, "seeds": seeds,
             "seed": seed, "data": data, "clip": clip, "csq": csq, "generator": generator,
+            **scenario.changes(changes or []),
         }  # fmt: skip
         for bench in _benches(names, scale, root, given):
             lines = pages.stamped(bench, scale)
@@ -199,6 +233,8 @@ def _status(console: Any, bench: Any):
     """A line with the present cell and the progress of its optimisation."""
     from contextlib import contextmanager
 
+    from rich.markup import escape
+
     @contextmanager
     def shown():
         with console.status("", spinner="dots") as status:
@@ -207,11 +243,11 @@ def _status(console: Any, bench: Any):
             def say(text: str) -> None:
                 nonlocal now
                 now = text
-                console.print(f"[dim]{text}[/dim]", highlight=False)
-                status.update(text)
+                console.print(text, style="dim", highlight=False, markup=False)
+                status.update(escape(text))
 
             def step(done: int, total: int, loss: float) -> None:
-                status.update(f"{now}: step {done} of {total}, loss {loss:.3f}")
+                status.update(escape(f"{now}: step {done} of {total}, loss {loss:.3f}"))
 
             bench.progress = step
             yield say

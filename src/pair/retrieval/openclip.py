@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,24 @@ class OpenClip(nn.Module):
             raise ValueError(f"cannot load open_clip model {name!r}: {error}") from error
         return cls(model, tokenizer, dict(model.visual.preprocess_cfg), name)
 
+    @classmethod
+    def from_spec(cls, spec: str) -> OpenClip:
+        """``ViT-B-32/openai``, ``ViT-B-32//path/to/file.pt``, ``local-dir:FOLDER``,
+        ``hub:ORG/NAME``: an architecture and its weights in one word (":" for "/" will do).
+
+        OpenAI's weights get their QuickGELU, whichever of the two names the architecture has.
+        """
+        if spec.startswith(("local-dir:", "hf-hub:", "hub:")):
+            return cls.from_pretrained(spec)
+        architecture, weights = split_spec(spec)
+        if not weights:
+            raise ValueError(
+                f"open_clip:{spec} names no weights: write open_clip:{spec}/TAG, such as "
+                "open_clip:ViT-B-32/openai"
+            )
+        options = {"force_quick_gelu": True} if weights == "openai" else {}
+        return cls.from_pretrained(architecture, weights, **options)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> the model's normalised input (B, 3, h, w)."""
         x = fit(check_images(images), self.size, self.resize_mode, self.interpolation, self.fill)
@@ -140,6 +159,12 @@ class OpenClip(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.model.encode_text(self.tokenizer(texts).to(self.mean.device))
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Architecture and weights of ``ViT-B-32/openai``, ``ViT-B-32:openai``."""
+    found = re.fullmatch(r"([^:/@]+)[:/@](.+)", spec)
+    return (found[1], found[2]) if found else (spec, "")
 
 
 def fit(

@@ -13,7 +13,7 @@ import torch
 
 from pair.data.pack import INDEX, Collection, Pack
 from pair.data.photos import Photos
-from pair.data.sets import SOURCES, load
+from pair.data.sets import SOURCES, load, named
 from pair.data.sets.base import read_index
 from pair.generator import GeneratorConfig
 from pair.training.adversarial import AdversarialTraining, AtTask, HardnessTraining, HmTask
@@ -139,10 +139,9 @@ def open_photos(
         return Pack.open(names[0])
     found = []
     for name in map(str, names):
-        kind, colon, root = name.partition(":")
-        if colon and kind.partition("/")[0] in SOURCES:
-            source, _, protocol = kind.partition("/")
-            found.append(load(source, root, protocol or None))
+        if (known := named(name)) is not None:
+            source, protocol, root = known
+            found.append(load(source, root, protocol))
         elif name.endswith(".jsonl"):
             found.append(read_index(Path(name)))
         elif (Path(name) / INDEX).is_file():

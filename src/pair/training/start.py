@@ -43,20 +43,8 @@ def generator(name: str) -> tuple[MaskedAutoencoder, str]:
 
 
 def open_clip(spec: str) -> OpenClip:
-    """``ViT-B-32/openai``, ``ViT-B-32//path/to/file.pt``, ``local-dir:FOLDER``, ``hub:ORG/NAME``.
-
-    OpenAI's weights get their QuickGELU, whichever of the two names the architecture has.
-    """
-    if spec.startswith(("local-dir:", "hf-hub:", "hub:")):
-        return OpenClip.from_pretrained(spec)
-    architecture, _, weights = spec.partition("/")
-    if not weights:
-        raise ValueError(
-            f"open_clip:{spec} names no weights: write open_clip:{spec}/TAG, such as "
-            "open_clip:ViT-B-32/openai"
-        )
-    options = {"force_quick_gelu": True} if weights == "openai" else {}
-    return OpenClip.from_pretrained(architecture, weights, **options)
+    """See :meth:`pair.retrieval.openclip.OpenClip.from_spec`."""
+    return OpenClip.from_spec(spec)
 
 
 class Critic(Protocol):

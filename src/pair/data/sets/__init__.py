@@ -29,7 +29,17 @@ from pair.data.sets.base import (
     write_index,
 )
 
-__all__ = ["SOURCES", "Dataset", "Record", "Source", "load", "prepare", "source"]
+__all__ = [
+    "SOURCES",
+    "Dataset",
+    "Record",
+    "Source",
+    "load",
+    "named",
+    "prepare",
+    "searchable",
+    "source",
+]
 
 SOURCES: dict[str, Source] = {
     module.SOURCE.name: module.SOURCE
@@ -74,6 +84,18 @@ def load(
         if seed in (None, found.seed):
             return found
     return kind.read(root, protocol, seed or 0)
+
+
+def named(spec: str) -> tuple[str, str | None, Path] | None:
+    """``NAME:ROOT`` or ``NAME/PROTOCOL:ROOT`` -> name, protocol, root; None for anything else."""
+    kind, colon, root = spec.partition(":")
+    name, _, protocol = kind.partition("/")
+    return (name, protocol or None, Path(root)) if colon and name in SOURCES else None
+
+
+def searchable(kind: str) -> list[str]:
+    """``NAME/PROTOCOL`` of all data sets that a "text" or "photo" search can be measured on."""
+    return [f"{name}/{p}" for name, found in SOURCES.items() for p in found.search.get(kind, ())]
 
 
 def prepare(

@@ -97,6 +97,8 @@ class Source:
     read: Callable[[Path, str, int], Dataset]
     published: dict[str, dict[str, int]] = field(default_factory=dict)
     lists: bool = False  # hashing lists are usual for it
+    # "text" and "photo" -> the protocols that such a search is measured by, the usual one first
+    search: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def protocol(self, name: str | None) -> str:
         if name is None:

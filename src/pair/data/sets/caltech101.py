@@ -35,4 +35,5 @@ SOURCE = Source(
     {"shipped": "the split behind the shipped models: 16 gallery and 8 query photos a class"},
     read,
     {"shipped": {"photos": 9_144, "classes": 99}},
+    search={"photo": ("shipped",)},
 )

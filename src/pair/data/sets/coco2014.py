@@ -165,6 +165,7 @@ SOURCE = Source(
     },
     read,
     lists=True,
+    search={"text": ("paper", "karpathy"), "photo": ("leakfree", "hashnet")},
     published={
         "paper": {"photos": 123_287, "train": 82_783, "val": 5_000, "test": 5_000},
         "karpathy": {"train": 82_783, "restval": 30_504, "val": 5_000, "test": 5_000},

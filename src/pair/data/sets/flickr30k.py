@@ -108,4 +108,5 @@ SOURCE = Source(
         "paper": {"photos": 31_783, "captions": 158_915, **SIZES},
         "karpathy": {"photos": 31_014, "train": 29_000, "val": 1_014, "test": 1_000},
     },
+    search={"text": ("paper", "karpathy")},
 )

@@ -127,4 +127,5 @@ SOURCE = Source(
         "classes": "folders are class names; 80 % train, 10 % gallery, 10 % query of each",
     },
     read,
+    search={"text": ("plain",), "photo": ("classes",)},
 )

@@ -89,4 +89,5 @@ SOURCE = Source(
     "as its maker says",
     {"plain": "the splits that it has"},
     read,
+    search={"text": ("plain",)},
 )

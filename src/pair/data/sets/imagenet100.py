@@ -131,6 +131,7 @@ SOURCE = Source(
     {"hashnet": "130 photos a class train (seeded), all of train/ is searched, val/ queries"},
     read,
     lists=True,
+    search={"photo": ("hashnet",)},
     published={
         "hashnet": {"photos": 133_503, "train": 13_000, "query": 5_000, "database": 128_503}
     },

@@ -96,4 +96,5 @@ SOURCE = Source(
     "as its maker says",
     {"plain": "splits from the names of the shards (train-*, val-*, test-*), else 95 / 5 %"},
     read,
+    search={"text": ("plain",)},
 )
