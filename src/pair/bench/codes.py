@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +17,7 @@ from pair.attacks.sanity import Check
 from pair.attacks.wrappers import Adaptive, as_features
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.scenario import Row, Settings
-from pair.bench.search import BATCH, HashSearch
+from pair.bench.search import BATCH, milliseconds
 from pair.bench.store import key_of
 from pair.bench.text import settled, summary
 from pair.images import quantise
@@ -136,17 +135,7 @@ def clean(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         codes.append(packed(found))
     result = {"ap": values, "codes": codes, "gallery": packed(gallery), "bits": gallery.shape[1],
               "labels": world.labels, "query_labels": world.query_labels}  # fmt: skip
-    return result, {"ms_per_image": latency(search, world.photos[:16])}
-
-
-def latency(search: HashSearch, images: Tensor, repeats: int = 3) -> float:
-    search.codes(images, 0)
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.process_time()
-        search.codes(images, 0)
-        best = min(best, time.process_time() - begin)
-    return round(1000 * best / len(images), 2)
+    return result, {"ms_per_image": milliseconds(search.codes, world.photos[:16])}
 
 
 def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:

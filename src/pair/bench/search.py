@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,12 @@ BATCH = 32
 CELLS = 2**27  # scores of views that are held at a time: half a gigabyte
 
 
-class Search:
-    """A text search behind a defense. ``rows(images, seed)`` are unit features (B, 1, D)."""
+class Defended:
+    """An encoder behind the defense of a row."""
 
-    def __init__(self, models: Models, row: Row):
-        self.defense = models.defense(row, False)
-        self.encoder = self.defense.harden(models.clip())
+    def __init__(self, models: Models, row: Row, encoder: Any, hashing: bool):
+        self.defense = models.defense(row, hashing)
+        self.encoder = self.defense.harden(encoder)
         self.random = self.defense.random
         self.device = models.settings.device
         self.samples = models.settings.eot if self.random else 1
@@ -35,6 +36,16 @@ class Search:
         """(B, D), as an evaluation computes them."""
         return self.encoder.encode_image(self.defense(images, generator=generator))
 
+    def _batches(self, images: Tensor | Photos):
+        return (chunk.to(self.device) for chunk in images.split(BATCH))
+
+
+class Search(Defended):
+    """A text search behind a defense. ``rows(images, seed)`` are unit features (B, 1, D)."""
+
+    def __init__(self, models: Models, row: Row):
+        super().__init__(models, row, models.clip(), False)
+
     @torch.no_grad()
     def rows(self, images: Tensor | Photos, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -42,9 +53,6 @@ class Search:
 
     def _rows(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return F.normalize(self.features(images, generator), dim=-1)[:, None]
-
-    def _batches(self, images: Tensor | Photos):
-        return (chunk.to(self.device) for chunk in images.split(BATCH))
 
     @torch.no_grad()
     def text(self, texts: list[str]) -> Tensor:
@@ -146,37 +154,42 @@ class CertifiedSearch(Search):
         return self.encoder.encode_image(views)
 
 
-class HashSearch:
+class HashSearch(Defended):
     """A search by photo behind a defense of its *queries*; the gallery's codes are trusted."""
 
     def __init__(self, models: Models, row: Row):
         if row.defense == CERTIFIED:
             raise ValueError("the certified mode of a hash search needs no attack: see "
                              "'pair bench-certified'")  # fmt: skip
-        self.defense = models.defense(row, True)
-        self.encoder = self.defense.harden(models.csq())
-        self.random = self.defense.random
-        self.device = models.settings.device
-        self.samples = models.settings.eot if self.random else 1
-
-    def features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.encoder.encode_image(self.defense(images, generator=generator))
+        super().__init__(models, row, models.csq(), True)
 
     @torch.no_grad()
     def codes(self, images: Tensor | Photos, seed: int) -> Tensor:
         """Codes (B, K) of +-1 of purified queries."""
         generator = torch.Generator().manual_seed(seed)
-        chunks = (c.to(self.device) for c in images.split(BATCH))
-        return torch.cat([binarise(self.features(c, generator)).cpu() for c in chunks])
+        found = [binarise(self.features(c, generator)).cpu() for c in self._batches(images)]
+        return torch.cat(found)
 
     @torch.no_grad()
     def gallery(self, images: Tensor | Photos) -> Tensor:
         """Codes (N, K) of the clean gallery."""
-        chunks = (c.to(self.device) for c in images.split(BATCH))
-        return torch.cat([binarise(self.encoder.encode_image(c)).cpu() for c in chunks])
+        outputs = (self.encoder.encode_image(c) for c in self._batches(images))
+        return torch.cat([binarise(o).cpu() for o in outputs])
 
     def victim(self) -> Adaptive:
         return adaptive(self.encoder, self.defense)
+
+
+def milliseconds(run: Callable[[Tensor, int], Tensor], images: Tensor, repeats: int = 3) -> float:
+    """CPU time of ``run(images, seed)`` per image, defense and encoder together: the best of a
+    few."""
+    run(images, 0)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.process_time()
+        run(images, 0)
+        best = min(best, time.process_time() - begin)
+    return round(1000 * best / len(images), 2)
 
 
 def search(models: Models, row: Row) -> Search:

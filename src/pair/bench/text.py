@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +22,7 @@ from pair.bench.checks import checks_of, plain, seeds_of
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.photos import whole
 from pair.bench.scenario import Row, Settings
-from pair.bench.search import CertifiedSearch, Search
+from pair.bench.search import CertifiedSearch, Search, milliseconds
 from pair.bench.store import key_of
 from pair.images import quantise
 from pair.retrieval.metrics import item_ranks
@@ -245,18 +244,7 @@ def clean(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     owner = {i: n for n, (_, at) in enumerate(sorted(world.members.items())) for i in at}
     result = {"ranks": ranks, "photos": len(world.files),
               "groups": [owner.get(i, -1 - i) for i in range(len(world.queries))]}  # fmt: skip
-    return result, {"ms_per_image": latency(search, world.photos[:16])}
-
-
-def latency(search: Search, images: Tensor, repeats: int = 3) -> float:
-    """Milliseconds of CPU time per image, defense and encoder together: the best of a few."""
-    search.rows(images, 0)
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.process_time()
-        search.rows(images, 0)
-        best = min(best, time.process_time() - begin)
-    return round(1000 * best / len(images), 2)
+    return result, {"ms_per_image": milliseconds(search.rows, world.photos[:16])}
 
 
 def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
