@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -38,6 +41,8 @@ __all__ = [
 
 TOLERANCE = 1e-6
 STRIP = 4_000_000  # pixels that are floats at a time while a picture is made smaller
+LONG = 16_384  # above this many pixels a side the half-way result is kept small instead
+Bands = list[tuple[int, int, Tensor]]  # see _bands
 WRITABLE = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG",
     ".png": "PNG", ".webp": "WEBP",
@@ -119,6 +124,8 @@ def shrink(picture: Picture, size: int | tuple[int, int]) -> Tensor:
     if picture.orientation >= 5:
         height, width = width, height
     h, w = picture.stored_size
+    if picture.opaque_bytes and max(h, w) <= LONG:
+        return picture.upright(_shrink_bytes(picture, height, width))
     # Antialiased bilinear resizing is separable: strips of rows are first made narrower, then
     # the rows become fewer; the other way round for tall pictures. Either keeps the half-way
     # result small.
@@ -132,6 +139,61 @@ def shrink(picture: Picture, size: int | tuple[int, int]) -> Tensor:
         strips = [resize(picture.pixels(b)[None], (height, b[2] - b[0])) for b in boxes]
         half = torch.cat(strips, -1)
     return picture.upright(resize(half, (height, width))[0].clamp_(0, 1))
+
+
+def _shrink_bytes(picture: Picture, height: int, width: int) -> Tensor:
+    """:func:`shrink` for ordinary pictures, as stored, by products with bands of weights.
+
+    Few bytes are floats at a time, which is several times faster than turning all of them into
+    floats first; same result up to rounding.
+    """
+    h, w = picture.stored_size
+    channels = len(picture.main.getbands())
+    whole = picture.samples(0, h) if h * w <= STRIP else None
+
+    def rows(low: int, high: int) -> Tensor:
+        part = picture.samples(low, high) if whole is None else whole[low:high]
+        return torch.from_numpy(part.reshape(high - low, -1).astype(np.float32))
+
+    # Measured: with more results at a time most of the products would be with zeros.
+    steps = [16 if old < 3 * new else 4 for old, new in ((h, height), (w, width))]
+    if 6 * h // height * w * channels > STRIP:
+        steps[0] = 1
+    half = _fewer(rows, _bands(h, height, steps[0])).view(w, channels * height)
+    out = _fewer(lambda low, high: half[low:high], _bands(w, width, steps[1]))
+    return out.view(channels, height, width).div_(255).clamp_(0, 1).expand(3, -1, -1)
+
+
+def _fewer(rows: Callable[[int, int], Tensor], bands: Bands) -> Tensor:
+    """Filter rows (old, columns), asked for as they are needed, to (columns, new)."""
+    filtered = torch.cat([weights @ rows(low, high) for low, high, weights in bands])
+    return filtered.t().contiguous()
+
+
+@lru_cache(128)
+def _bands(old: int, new: int, step: int) -> Bands:
+    """Weights of the antialiased bilinear filter from ``old`` to ``new`` rows.
+
+    For every ``step`` results: the rows [low, high) that they need and weights (step, rows).
+    Single precision throughout, because that is what torch's ``interpolate`` does.
+    """
+    f = np.float32
+    scale = f(old) / f(new)
+    support = max(scale, f(1))
+    centre = (np.arange(new, dtype=f) + f(0.5)) * scale
+    first = np.maximum((centre - support + f(0.5)).astype(int), 0)
+    last = np.minimum((centre + support + f(0.5)).astype(int), old)
+    bands = []
+    for a in range(0, new, step):
+        starts, ends, middles = (x[a : a + step, None] for x in (first, last, centre))
+        low, high = int(starts[0, 0]), int(ends[-1, 0])
+        at = np.arange(low, high)
+        weights = f(1) - np.abs((at.astype(f) - middles + f(0.5)) * (f(1) / support))
+        weights[(at < starts) | (at >= ends)] = 0
+        np.maximum(weights, 0, out=weights)
+        weights /= weights.sum(1, keepdims=True)
+        bands.append((low, high, torch.from_numpy(weights)))
+    return bands
 
 
 def save_image(

@@ -58,6 +58,17 @@ class Picture:
             x = x[:-1] * x[-1:] + (1 - x[-1:])
         return x.expand(3, -1, -1).contiguous()
 
+    @property
+    def opaque_bytes(self) -> bool:
+        """Whether this is the ordinary case: 8-bit grey or RGB, nothing transparent."""
+        main = self.main
+        return main.mode in ("L", "RGB") and self.low is None and not main.has_transparency_data
+
+    def samples(self, top: int, bottom: int) -> np.ndarray:
+        """(rows, w) or (rows, w, 3) bytes as stored, of an ordinary picture."""
+        whole = (top, bottom) == (0, self.main.height)
+        return np.asarray(self.main if whole else self.main.crop((0, top, self.main.width, bottom)))
+
     def upright(self, x: Tensor) -> Tensor:
         """Apply the orientation to (..., H, W); equals Pillow's ``exif_transpose``."""
         if self.orientation >= 5:
