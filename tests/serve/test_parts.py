@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import struct
 import threading
 import time
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from pair import secret
+from pair.serve import logs
 from pair.serve.batching import Batcher, Closed, Full
 from pair.serve.frames import frames, kind
 
@@ -135,3 +138,31 @@ def test_a_fault_fails_its_batch_only():
             batcher.submit(name, [1])[0].result(10)
     assert batcher.submit("good", [1])[0].result(10) == 1
     batcher.close(10)
+
+
+@pytest.fixture
+def loggers():
+    """The loggers that the service sets up, left as they were."""
+    named = [logging.getLogger(n) for n in ("", "pair.serve", "uvicorn.error", "uvicorn")]
+    access = logging.getLogger("uvicorn.access")
+    kept = [(n, n.handlers, n.level, n.propagate) for n in (*named, access)]
+    silent = access.disabled
+    yield
+    for logger, handlers, level, propagate in kept:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    access.disabled = silent
+
+
+def test_log_lines_go_where_stderr_is_now(loggers, monkeypatch, capsys):
+    """Who runs the command inside another program may close the stderr that it had then."""
+    then = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", then)
+        logs.set_up("info")
+        logs.LOGGER.info("before")
+        assert json.loads(then.getvalue())["message"] == "before"
+        then.close()
+    logs.LOGGER.info("after", extra={"fields": {"status": 200}})
+    lines = capsys.readouterr().err.splitlines()
+    assert [(json.loads(x)["message"], json.loads(x)["status"]) for x in lines] == [("after", 200)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import traceback
 from typing import Any
@@ -34,11 +35,22 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, default=str)
 
 
+class Stderr(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is at the time; the one of now may be closed by then."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 def set_up(level: str = "info") -> None:
     """Everything to stderr as JSON lines; uvicorn's own access lines are dropped for ours."""
     if level.upper() not in logging.getLevelNamesMapping():
         raise ValueError(f"unknown log level {level!r}: use debug, info, warning or error")
-    handler = logging.StreamHandler()
+    handler = Stderr()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers, root.level = [handler], logging.WARNING
