@@ -144,7 +144,8 @@ def run_rounds(tmp_path: Path, launcher: Launcher, rounds: int, seed: int) -> di
     assert report.failed == 0 and len(collection) == pictures
     assert set(stored(collection).values()) == {1}
     assert collection.add(tmp_path / "photos").added == 0
-    return {"killed": killed, "midway": midway, "promised": len(promised)}
+    counts = {"killed": killed, "midway": midway, "promised": len(promised)}
+    return {**counts, "pictures": pictures}
 
 
 def test_kill_nine(tmp_path, launcher):
