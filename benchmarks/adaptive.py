@@ -22,6 +22,7 @@ import json
 import platform
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -116,8 +117,10 @@ class Bench:
 class Keyword:
     """One keyword: its target, its queries, its file."""
 
-    def __init__(self, bench: Bench, keyword: str, number: int, budget: int, path: Path):
+    def __init__(self, bench: Bench, keyword: str, number: int, budget: int, precision: str,
+                 path: Path):  # fmt: skip
         self.bench, self.keyword, self.budget, self.path = bench, keyword, budget, path
+        self.adam = replace(ADAM, precision=precision)
         self.captions = sentences([keyword], TRAIN_TEMPLATES)
         self.texts = sentences([keyword], HELD_OUT_TEMPLATES)
         with torch.no_grad():
@@ -128,6 +131,7 @@ class Keyword:
             "keyword": keyword,
             "seeds": SEEDS,
             "budget": budget,
+            "precision": precision,
             "carriers per update": CARRIERS,
             "masks": self.masks,
             "models": {m: hub.read_config(hub.resolve(m), kind)["sha256"][:12]
@@ -151,23 +155,23 @@ class Keyword:
         """name -> (search, features or None, settings, snapshots)."""
         rows = {
             "undefended, TTH as published": ("bare", None, TTHConfig(), (50, 300)),
-            "undefended, Adam": ("bare", None, ADAM, (50, 100, 200)),
+            "undefended, Adam": ("bare", None, self.adam, (50, 100, 200)),
         }
         for mask in self.masks:
-            rows[f"known mask {mask}, Adam"] = (f"mask {mask}", None, ADAM, (50, 100, 200))
+            rows[f"known mask {mask}, Adam"] = (f"mask {mask}", None, self.adam, (50, 100, 200))
         for n in DRAWN:
             steps = sorted({max(1, round(s * self.budget / STEPS[-1] / CARRIERS / n))
                             for s in STEPS})  # fmt: skip
-            rows[f"PAIR, Adam, EOT-{n}"] = ("pair", None, replace(ADAM, eot=n), tuple(steps))
-        published = replace(TTHConfig(), precision="bf16", micro_batch=32)
+            rows[f"PAIR, Adam, EOT-{n}"] = ("pair", None, replace(self.adam, eot=n), tuple(steps))
+        published = replace(TTHConfig(), precision=self.adam.precision, micro_batch=32)
         rows["PAIR, TTH as published (EOT-1)"] = ("pair", None, published, (50, 150, 300))
         pair = self.bench.pair.differentiable()
         short = rows["PAIR, Adam, EOT-1"][3][-2:-1]
         for name, substitute in (("identity", None), ("one pass", OnePassSurrogate(pair))):
             features = pipeline(self.bench.clip, BPDA(pair, substitute))
-            rows[f"PAIR, BPDA ({name})"] = ("pair", features, ADAM, short)
-        rows["whole picture, undefended"] = ("bare", None, replace(ADAM, size=1.0), (100,))
-        rows["whole picture, PAIR"] = ("pair", None, replace(ADAM, size=1.0), (200,))
+            rows[f"PAIR, BPDA ({name})"] = ("pair", features, self.adam, short)
+        rows["whole picture, undefended"] = ("bare", None, replace(self.adam, size=1.0), (100,))
+        rows["whole picture, PAIR"] = ("pair", None, replace(self.adam, size=1.0), (200,))
         return rows
 
     def run(self, name: str):
@@ -175,7 +179,9 @@ class Keyword:
         search = self.bench.search(which)
         few = which != "bare" and config.distortion == 0
         carriers = {"pair": CARRIERS, "bare": ADS}.get(which, 5) if few else None
-        config = replace(config, steps=snapshots[-1] + 1, snapshots=snapshots, carriers=carriers)
+        half = snapshots[-1] // 2
+        config = replace(config, steps=snapshots[-1] + 1, snapshots=(half, *snapshots),
+                         carriers=carriers)  # fmt: skip
         began = time.process_time()
         generator = torch.Generator().manual_seed(SEEDS["optimise"][0])
         result = tth(features or search.features, search.ads, self.target, config=config,
@@ -186,7 +192,8 @@ class Keyword:
             gradients = steps * (carriers or ADS) * config.eot
             points.append({"steps": steps, "gradients": gradients,
                            **search.score(patch, self.queries)})  # fmt: skip
-        patch.save(self.path.parent / "patches" / f"{self.keyword}-{plain(name)}")
+        for end, last in (("", patch), ("-half", result.snapshots[half])):
+            last.save(self.path.parent / "patches" / f"{self.keyword}-{plain(name)}{end}")
         self.data["runs"][name] = {
             "points": points,
             "losses": [round(v, 4) for v in result.losses],
@@ -201,8 +208,8 @@ class Keyword:
     def final(self, name: str, figure: str = "share") -> float:
         return mean(self.data["runs"][name]["points"][-1][figure])
 
-    def patch(self, name: str) -> Patch:
-        return Patch.load(self.path.parent / "patches" / f"{self.keyword}-{plain(name)}")
+    def patch(self, name: str, end: str = "") -> Patch:
+        return Patch.load(self.path.parent / "patches" / f"{self.keyword}-{plain(name)}{end}")
 
     def check(self):
         """S1, S4 to S12, and what they compare with, on fresh masks."""
@@ -228,7 +235,8 @@ class Keyword:
         equal = next(mean(p["share"]) for p in self.data["runs"]["PAIR, Adam, EOT-1"]["points"]
                      if p["steps"] == at)  # fmt: skip
         run = self.data["runs"][best]
-        function = EOT(pair.features, 1, precision=ADAM.precision)  # as the attack computes
+        function = EOT(pair.features, 1, precision=self.adam.precision)  # as the attack computes
+        exact = pipeline(deepcopy(bench.clip).double(), deepcopy(bench.pair).double())
         evaluation = pipeline(bench.clip, bench.pair)
         result = AttackResult(self.patch(best), run["losses"], run["settings"],
                               {"optimise": SEEDS["optimise"][0]}, 0, 0, 0.0)  # fmt: skip
@@ -238,6 +246,7 @@ class Keyword:
             *sanity.of_attack(result, pair.features, bench.ads[:2], goal,
                               evaluation=evaluation, seeds=SEEDS,
                               captions=self.captions, queries=self.texts, start=start,
+                              middle=self.patch(best, "-half"), exact=exact,
                               directions=16, draws=16),
             sanity.s10_same_forward(function, evaluation, self.patch(best).apply(bench.ads)),
             sanity.s6_strongest(white, others),
@@ -259,6 +268,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("results/adaptive"))
     parser.add_argument("--budget", type=int, default=2000, help="sample gradients per curve")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="CPU time, at most")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the gradients; S10 holds in fp32 only, at twice the time",
+    )
     parser.add_argument("--merge", action="store_true", help="one table of the finished keywords")
     parser.add_argument("--out", type=Path, default=Path("results/adaptive.json"))
     parser.add_argument("--threads", type=int, default=1)
@@ -275,7 +290,8 @@ def main() -> int:
     bench = Bench()
     try:
         for i, name in enumerate(options.keywords):
-            keyword = Keyword(bench, name, i, options.budget, options.folder / f"{name}.json")
+            keyword = Keyword(bench, name, i, options.budget, options.precision,
+                              options.folder / f"{name}.json")  # fmt: skip
             for run in keyword.plan():
                 if time.process_time() > 60 * options.minutes:
                     print("out of time: the same command continues", file=sys.stderr)

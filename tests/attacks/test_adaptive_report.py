@@ -53,6 +53,27 @@ def test_means_over_keywords_and_checks_over_all(tmp_path):
     assert checks["S1"][2] == "0 of 2"  # not measured is not passed
 
 
+def test_unfinished_attacks_and_missing_checks_are_named(tmp_path):
+    falling = [1 - k / 100 for k in range(101)]
+    flat = [1 - min(k, 50) / 50 for k in range(101)]
+    for name, losses in (("x", falling), ("y", flat)):
+        data = keyword(name, [0.8], [(50, [0.1]), (100, [0.5])])
+        data["runs"]["PAIR, Adam, EOT-1"]["losses"] = losses
+        data["runs"]["undefended, Adam"]["losses"] = flat
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    merge(tmp_path, tmp_path / "all.json")
+    table = json.loads((tmp_path / "all.json").read_text())
+    assert table["columns"][-1] == "still improving"
+    cells = {(r[0], r[1]): r[-1] for r in table["rows"]}
+    assert cells["PAIR, Adam, EOT-1", "100"] == "1 of 2"  # the last row of a curve tells
+    assert cells["PAIR, Adam, EOT-1", "50"] == ""
+    assert cells["undefended, Adam", "50"] == "0 of 2"
+    assert cells["known mask, Adam", "50"] == "–"  # no losses kept
+    checks = {row[0]: row for row in table["tables"]["checks"]["rows"]}
+    assert checks["S2"][2:] == ["0 of 1", "not measured: 2 masks, needs 8"]
+    assert checks["S1"][2:] == ["0 of 2", "not measured"]
+
+
 def test_other_models_are_not_mixed(tmp_path):
     for name, model in (("x", "a"), ("y", "b")):
         data = keyword(name, [0.5], [(50, [0.1])], model)

@@ -147,6 +147,39 @@ def test_a_finished_attack_is_checked():
     assert "S12" not in {c.name for c in wrong}
 
 
+def test_s4_of_an_attack_wants_a_gradient_that_belongs_to_its_values():
+    """A clamp that lets gradients through has no derivative; without it, in float64, it agrees."""
+    model, images = encoder(), photos(2)
+    goal = TextGoal(model.encode_image(photos(1, 3)))
+
+    def bright(straight):  # leaves [0, 1] in many pixels
+        def defend(x, generator=None):
+            y = 1.6 * x - 0.3
+            return y + (y.clamp(0, 1) - y).detach() if straight else y.clamp(0, 1)
+
+        return defend
+
+    attacked = pipeline(model, bright(True))
+    exact = pipeline(encoder(dtype=torch.float64), bright(False))
+    config = TTHConfig(steps=4, lr=0.05, distortion=0, size=0.5, snapshots=(2,))
+    result = tth(attacked, images, goal, config=config)
+
+    def checks(**options):
+        rows = sanity.of_attack(
+            result, attacked, images, goal, evaluation=attacked, seeds={"optimise": [0]},
+            directions=8, draws=2, **options,
+        )  # fmt: skip
+        return {c.name: c for c in rows}
+
+    assert not checks()["S4"].passed
+    check = checks(exact=exact)["S4"]
+    assert check.passed and check.threshold == 1e-5 and "exact" in check.note
+    wrong = pipeline(encoder(seed=1, dtype=torch.float64), BPDA(lambda x: x**2))
+    assert not checks(exact=wrong)["S4"].passed
+    assert checks()["S5"].note == "final patch"
+    assert checks(middle=result.snapshots[2])["S5"].note == "half of the run"
+
+
 def test_a_record_has_all_twelve():
     checks = [sanity.s11_seeds({"optimise": [1]}), sanity.s8_converged([1.0, 0.0, 0.0, 0.0, 0.0])]
     rows = sanity.records(checks)

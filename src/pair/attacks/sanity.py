@@ -7,7 +7,7 @@ record. ``passed`` is None where a check was not measured, which counts as a war
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -224,6 +224,8 @@ def of_attack(
     captions: Iterable[str] = (),
     queries: Iterable[str] = (),
     start: Patch | None = None,
+    middle: Patch | None = None,
+    exact: Any = None,
     directions: int = 64,
     draws: int = 64,
 ) -> list[Check]:
@@ -231,16 +233,22 @@ def of_attack(
 
     ``features`` is what the attack differentiated (one draw per call), ``evaluation`` what the
     table scores, ``seeds`` those of all three purposes. S4 holds the draw fixed by its seed; it
-    rightly fails for BPDA, whose gradient is not that of its values. S5 uses as many draws as the
-    attack did, at ``start`` (if given) and at the final patch. S12 needs texts.
+    rightly fails for gradients that are not those of the values: BPDA, or a clamp that lets them
+    through. ``exact`` is the same function without such a clamp, in float64, where float32 has no
+    digits left for differences; S4 then asks for a relative error of 1e-5. S5 uses as many draws as
+    the attack did, at ``start`` (if given) and at ``middle``, the patch after half of the steps;
+    without one at the final patch, where a good attack has little gradient left. S12 needs texts.
     """
     function, patch = as_features(features), result.patch
     samples = int(result.config.get("eot", 1))
     averaged = EOT(function, samples, result.config.get("form", "mean_embedding"))
 
+    checked = function if exact is None else as_features(exact)
+    given = images if exact is None else images.double()
+
     def fixed(content: Tensor) -> Tensor:
         seed = torch.Generator().manual_seed(0)
-        return goal(function(patch.apply(images, seed, content=content), generator=seed)).mean()
+        return goal(checked(patch.apply(given, seed, content=content), generator=seed)).mean()
 
     def gradient(content: Tensor) -> Callable[[torch.Generator], Tensor]:
         def of(generator: torch.Generator) -> Tensor:
@@ -250,12 +258,17 @@ def of_attack(
 
         return of
 
-    inner = 0.05 + 0.9 * patch.content  # room for differences within [0, 1]
-    checks = [s4_finite_differences(fixed, inner, directions=directions)]
+    inner = (0.05 + 0.9 * patch.content).to(given.dtype)  # room for differences within [0, 1]
+    slopes = s4_finite_differences(fixed, inner, directions=directions)
+    if exact is not None:
+        slopes = replace(slopes, note=f"{slopes.note}, exact function in float64")
+    checks = [slopes]
     if start is not None:
         checks.append(s5_agreement(gradient(start.content), "step 0"))
     checks += [
-        s5_agreement(gradient(patch.content), "final patch"),
+        s5_agreement(gradient(patch.content), "final patch")
+        if middle is None
+        else s5_agreement(gradient(middle.content), "half of the run"),
         s8_converged(result.losses),
         s9_zero_gradient(features, images, patch, goal, draws),
         s10_same_forward(features, evaluation, patch.apply(images, torch.Generator())),
