@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import pickle
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,58 @@ def test_full_disks_and_folders_that_may_not_be_written(
         capsys=capsys,
     )
     assert "No space left on device" in said
+
+
+@contextlib.contextmanager
+def no_rights():
+    """As a user who owns nothing: permissions do not stop the root of a container."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_folders_that_may_only_be_read(pair, miniature_script, capsys):
+    """Preparing, training, converting and measuring: one sentence each, that names the folder."""
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made)
+        miniature_script.folder(home / "data")
+        for path in mae(home / "mae").iterdir():  # safetensors writes for its owner alone
+            path.chmod(0o644)
+        recipe = home / "r.toml"
+        task = "model = {image_size = 24, patch_size = 8, width = 16, depth = 1, heads = 2, "
+        task += "decoder_width = 16, decoder_depth = 1, decoder_heads = 2}"
+        recipe.write_text(f"[loop]\nsteps = 1\nbatch_size = 4\n[task]\n{task}\n")
+
+        def commands(out: Path) -> list[tuple]:
+            train = ("train", "generator", "--recipe", recipe, "--data", home / "data", "--out")
+            return [
+                ("data", "prepare", "folder", "--root", home / "data", "--out", out),
+                (*train, out / "run"),
+                (*train, out),
+                ("models", "convert", home / "mae", "--out", out / "mae"),
+                ("bench", "run", "table1", "--scale", "smoke", "--only", "undef", "--out",
+                 out / "bench"),
+            ]  # fmt: skip
+
+        for command in commands(home / "open"):  # they are right, and everything is imported
+            assert pair(*command)[0] == 0, command
+        closed = home / "closed"
+        closed.mkdir()
+        for place in (closed, home / "data", home):
+            place.chmod(0o555)
+        prepare = ("data", "prepare", "folder", "--root", home / "data")
+        for command in (prepare, *commands(closed)):
+            with no_rights():
+                said = refused(*command, capsys=capsys)
+            assert "Permission denied" in said and str(home) in said, (command, said)
+        assert not list(closed.iterdir()) and not (home / "data" / "pair").exists()
+        home.chmod(0o755)
 
 
 # --- weights ----------------------------------------------------------------------------------
