@@ -202,6 +202,7 @@ def main() -> int:
         "note": f"fp32, {args.threads} thread(s) of a shared CPU; best of {args.repeats}. Largest "
         f"difference from transformers on all pixels: {found['parity']['difference']:.1e}.",
         "found": found,
+        "clock": "processor time",
         "facts": {"torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0]},
     }
     write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
