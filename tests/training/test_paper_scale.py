@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from pair.training import start
 from pair.training.cards import card
 from pair.training.generator import GeneratorTask, GeneratorTraining
 from pair.training.loop import LoopConfig, train
+from pair.training.parallel import World
 from pair.training.run import KINDS, open_photos, read_recipe, run
 from pair.training.track import tracker
 
@@ -371,9 +374,111 @@ def test_two_processes_are_one(pack_folder, tmp_path):
     assert logs[0][-2]["loss"] == pytest.approx(logs[1][-2]["loss"], abs=1e-4)
 
 
-def test_processes_need_slices(tmp_path):
-    from pair.training.parallel import World
+def torchrun(recipe: Path, data: Path, out: Path, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "pair", "train", "generator", "--recipe", str(recipe)]
+    return [*command, "--data", str(data), "--out", str(out), *more]
 
+
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_model_in_pieces_is_one(pack_folder, tmp_path):
+    """FSDP over two processes: the weights, moments and average of one process, saved whole; and
+    a run that one process began goes on in pieces."""
+    loop = LOOP.replace("batch_size = 4", "batch_size = 4\naccumulate = 2\nema = 0.9")
+    recipe = write(tmp_path / "r.toml", f"lr = 1e-3\nsecond = 1.0\n{MODEL}", loop)
+    one, cut = tmp_path / "one", tmp_path / "cut"
+    run("generator", recipe, pack_folder, one, echo=quiet)
+    left = [2]
+
+    def stop(line: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # between the checkpoint of step 2 and that of step 4
+        run("generator", recipe, pack_folder, cut, echo=stop, changes=["loop.log_every=3"])
+    begun = torch.load(cut / "last.ckpt", weights_only=True)
+    assert begun["step"] == 2
+    pieces = ["--set", "loop.parallel=fsdp", "--set", "loop.log_every=3"]
+    done = subprocess.run(
+        torchrun(recipe, pack_folder, cut, *pieces), capture_output=True, text=True, timeout=1800,
+        check=False, env=ALONE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming at step 2" in done.stdout and done.stdout.count("validation") == 2
+    assert_close(one, cut)
+    states = [torch.load(f / "last.ckpt", weights_only=True) for f in (one, cut)]
+    for key, value in states[0]["ema"].items():
+        torch.testing.assert_close(states[1]["ema"][key], value, atol=2e-5, rtol=0)
+    for a, b in zip(*(s["optimizers"][0]["state"].values() for s in states), strict=True):
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], atol=2e-5, rtol=1e-3)
+    best = [Purifier.from_pretrained(f / "best").autoencoder.state_dict() for f in (one, cut)]
+    for key, value in best[0].items():
+        torch.testing.assert_close(best[1][key], value, atol=1e-3, rtol=0)  # stored in fp16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_kill_9_of_two_processes(parallel, pack_folder, tmp_path):
+    """Both processes of a torchrun are killed, whatever they are doing: the same command ends in
+    the weights of a run that nobody disturbed."""
+    loop = LOOP.replace("steps = 6", "steps = 60\nlog_every = 1").replace(
+        "batch_size = 4", "batch_size = 4\naccumulate = 2\nema = 0.9"
+    )
+    recipe = write(tmp_path / "r.toml", f"lr = 1e-3\n{MODEL}", loop)
+    run("generator", recipe, pack_folder, tmp_path / "one", echo=quiet)
+    out = tmp_path / "killed"
+    command = torchrun(recipe, pack_folder, out, "--set", f"loop.parallel={parallel}")
+    for wanted in (15, 40):
+        process = subprocess.Popen(
+            command, env=ALONE, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 1800
+        while process.poll() is None and time.monotonic() < deadline:
+            log = out / "log.jsonl"
+            if log.is_file() and log.read_text().count('"loss"') >= wanted:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached = torch.load(out / "last.ckpt", weights_only=True)["step"]
+        assert wanted - 3 <= reached < 60
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1800, check=False, env=ALONE
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"resuming at step {reached} of 60" in done.stdout
+    assert_close(tmp_path / "one", out)
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "val" not in x] == list(range(1, 61))  # each step once
+
+
+def test_small_models_are_not_cut(tmp_path):
+    with pytest.raises(ValueError, match="parallel must be one of ddp, fsdp, got 'tensor'"):
+        LoopConfig(parallel="tensor")
+    train(Line(), LoopConfig(4, 4, parallel="fsdp"), tmp_path / "run", echo=quiet)  # alone: no-op
+    two = World(0, 2)
+    with pytest.raises(ValueError, match="too small to be cut"):
+        train(Line(), LoopConfig(4, 4, 2, parallel="fsdp"), tmp_path / "b", echo=quiet, world=two)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"second": 0.3}, "task.second must be 0 or 1"), ({"optimizer": "muon"}, "whole matrices")],
+)
+def test_what_cannot_be_cut_is_said(settings, message, pack):
+    task = GeneratorTask(GeneratorTraining(TINY, **settings), pack)
+    with pytest.raises(ValueError, match=message):
+        task.check_cut()
+
+
+def test_processes_need_slices(tmp_path):
     with pytest.raises(
         ValueError, match=r"3 processes need loop\.accumulate to be a multiple of 3"
     ):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pair.training.shard import load_optimizer, load_weights, piece, whole
+
 LAST, LOG, CONFIG = "last.ckpt", "log.jsonl", "config.json"
 
 
@@ -32,17 +34,23 @@ def save(
     shadow: dict[str, Tensor] | None,
     described: dict[str, Any],
     at: Progress,
+    writes: bool = True,
 ) -> None:
-    """Write the checkpoint; a kill at any moment leaves the old one or the new one."""
+    """Write the checkpoint; a kill at any moment leaves the old one or the new one.
+
+    Where the weights are cut, all processes call this and one ``writes``.
+    """
     state = {
         "step": at.step,
         "best": at.best,
         "seconds": at.seconds,
         "config": json.dumps(described, sort_keys=True),
-        "module": task.module.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "ema": shadow,
+        "module": whole(task.module.state_dict()),
+        "optimizers": [whole(o.state_dict()) for o in optimizers],
+        "ema": whole(shadow),
     }
+    if not writes:
+        return
     unfinished = out / f"{LAST}.{os.getpid()}.partial"
     with open(unfinished, "wb") as handle:
         torch.save(state, handle)
@@ -85,14 +93,14 @@ def load(
             "continue it with the same settings or choose another --out"
         )
     try:
-        task.module.load_state_dict(state["module"])
+        load_weights(task.module, state["module"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+            load_optimizer(optimizer, kept)
     except (RuntimeError, ValueError) as error:  # equal settings, but of another kind
         raise ValueError(f"{out} holds a run of another model: choose another --out") from error
     if shadow is not None:
         for key, value in state["ema"].items():
-            shadow[key].copy_(value)
+            shadow[key].copy_(piece(value, shadow[key]))
     return Progress(state["step"], state["best"], state["seconds"])
 
 

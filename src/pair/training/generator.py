@@ -154,6 +154,16 @@ class GeneratorTask:
             found["discriminator"] = start.digest(self.critic.module)
         return found
 
+    def check_cut(self) -> None:
+        """Whether the module may be cut over processes: all must call it equally often."""
+        if 0 < self.config.second < 1:
+            raise ValueError(
+                "with loop.parallel = 'fsdp' every step has the same passes: task.second must be "
+                f"0 or 1, got {self.config.second}"
+            )
+        if self.config.optimizer != "adam":
+            raise ValueError("Muon needs whole matrices: use loop.parallel = 'ddp', or adam")
+
     def prefetch(self, rows: Tensor) -> None:
         self.pack.prefetch(self.rows[rows])
 

@@ -10,6 +10,7 @@ after the other, or spread over the processes of ``torchrun``. Both give the sam
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,7 +27,14 @@ from torch import Tensor, nn
 from pair import files
 from pair.training import checkpoint, parallel
 from pair.training.parallel import World
+from pair.training.shard import shard, whole
 from pair.training.track import tracker
+
+CHOICES = {
+    "schedule": ("cosine", "constant"),
+    "precision": ("fp32", "bf16"),
+    "parallel": ("ddp", "fsdp"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class LoopConfig:
     schedule: str = "cosine"  # or "constant"
     ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0 = off
     clip_grad: float = 1.0  # largest norm of the gradient; 0 = any
+    parallel: str = "ddp"  # or "fsdp": several processes share the weights of one large model
     precision: str = "fp32"  # or "bf16": autocast; twice as fast on GPUs and AVX512-BF16 CPUs
     seed: int = 0
     log_every: int = 50
@@ -60,7 +69,7 @@ class LoopConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
-        for name, known in (("schedule", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
@@ -163,12 +172,21 @@ def train(
             f"{world.size} processes need loop.accumulate to be a multiple of {world.size}, "
             f"got {config.accumulate}"
         )
+    if _cut(config, world):
+        if not hasattr(task, "check_cut"):
+            raise ValueError("this kind of model is too small to be cut: leave loop.parallel out")
+        task.check_cut()
     if not world.first:
         return _run(task, config, out, facts or {}, lambda text: None, world, inputs or {}, "none")
     out.mkdir(parents=True, exist_ok=True)
     refusal = f"another training is writing to {out}: wait for it, stop it, or choose another --out"
     with files.sole_writer(out, refusal):
         return _run(task, config, out, facts or {}, echo, world, inputs or {}, track)
+
+
+def _cut(config: LoopConfig, world: World) -> bool:
+    """Whether the weights are cut into pieces; alone there is nothing to cut."""
+    return config.parallel == "fsdp" and world.size > 1
 
 
 def _run(
@@ -181,14 +199,22 @@ def _run(
     inputs: dict[str, str],
     track: str,
 ) -> Path:
+    parallel.check_equal(world, task.module)
+    cut = _cut(config, world)
+    if cut:
+        twin = copy.deepcopy(task.module).cpu() if world.first else None
+        shard(world, task.module)
     optimizers = task.optimizers()
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     ema = Ema(task.module, config.ema) if config.ema else None
     shadow = ema.shadow if ema is not None else None
-    described = {"loop": asdict(config), "task": _plain(task.config), "inputs": inputs}
+    # How the work is spread is no part of the run: it may go on otherwise.
+    spread = {k: v for k, v in asdict(config).items() if k != "parallel"}
+    described = {"loop": spread, "task": _plain(task.config), "inputs": inputs}
     configs = {"loop": LoopConfig(), "task": task.config}
     at = checkpoint.load(out, task, optimizers, shadow, described, configs)
-    parallel.check_equal(world, task.module)
+    if not cut:
+        parallel.check_equal(world, task.module)
     if world.first:
         checkpoint.sweep(out, described)
         checkpoint.trim_log(out / checkpoint.LOG, at.step)
@@ -219,7 +245,7 @@ def _run(
                 left = (config.steps - at.step) * config.batch_size / rate / 60
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
                 echo(f"{at.step}/{config.steps}  {shown}  {rate:.1f} images/s  {left:.1f} min left")
-            if due[1] and world.first:
+            if due[1] and (world.first or cut):  # a model in pieces is validated by all
                 figures = _validate(task, ema)
                 log.write(json.dumps({"step": at.step, "val": figures}) + "\n")
                 curves.log({f"val/{k}": v for k, v in figures.items()}, at.step)
@@ -234,10 +260,16 @@ def _run(
                         **described,
                     }
                     known = {**facts, "training": history}
-                    _with_weights(task, ema, partial(task.save, out / "best", known))
-            if due[2] and world.first:
+                    write = partial(task.save, out / "best", known)
+                    if cut:
+                        weights = whole(task.module.state_dict() if ema is None else ema.shadow)
+                        if twin is not None:
+                            _with_module(task, twin, weights, write)
+                    else:
+                        _with_weights(task, ema, write)
+            if due[2] and (world.first or cut):
                 at.seconds = spent + time.perf_counter() - start
-                checkpoint.save(out, task, optimizers, shadow, described, at)
+                checkpoint.save(out, task, optimizers, shadow, described, at, world.first)
     curves.close()
     if world.first and at.best == -math.inf:
         raise ValueError("no validation gave a score, so no model was saved")
@@ -250,6 +282,7 @@ def _step(
     """One update of the weights; returns this process's share of the losses."""
     rows = batch_rows(task.size(), config.batch_size, config.seed, step)
     slices = list(rows.tensor_split(config.accumulate))
+    cut = _cut(config, world)
     if not all(len(s) for s in slices):
         raise ValueError(f"{len(rows)} photos cannot be cut into {config.accumulate} slices")
     mine = range(world.rank, len(slices), world.size)
@@ -265,13 +298,15 @@ def _step(
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             found = task.loss(slices[i], generator, step)
         share = len(slices[i]) / len(rows)
-        (share * found["loss"]).backward()
+        # Pieces of gradients are averaged on the way, ours are summed afterwards.
+        (share * found["loss"] * (world.size if cut else 1)).backward()
         for key, value in found.items():
             losses[key] = losses.get(key, 0) + share * value.detach()
     if not bool(torch.isfinite(parallel.total(world, losses["loss"]))):
         raise ValueError(f"the loss is not finite in step {step}: lower the learning rate")
-    parallel.average_gradients(world, task.module.parameters())
-    parallel.average_buffers(world, task.module)
+    if not cut:
+        parallel.average_gradients(world, task.module.parameters())
+        parallel.average_buffers(world, task.module)
     if config.clip_grad:
         nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
     factor = learning_rate(config, step)
@@ -301,6 +336,16 @@ def _with_weights(task: Task, ema: Ema | None, call):
         return call()
     finally:
         task.module.load_state_dict(kept)
+
+
+def _with_module(task: Task, plain: nn.Module, weights: dict[str, Tensor], call) -> None:
+    """Call with an ordinary module of these weights in the place of the one in pieces."""
+    plain.load_state_dict(weights)
+    kept, task.module = task.module, plain
+    try:
+        call()
+    finally:
+        task.module = kept
 
 
 def _plain(config: Any) -> dict[str, Any]:
