@@ -429,3 +429,39 @@ def test_fetching_records_what_came(tmp_path, capsys, monkeypatch):
         fetch("facebook/vit-mae-base", tmp_path / "got")
     said = refused("models", "fetch", folder, "--out", tmp_path / "x", capsys=capsys)
     assert "is here already: folders and files need no fetching" in said
+
+
+def test_publishing_to_the_hub(pair, tmp_path, monkeypatch, capsys):
+    """What the client of the hub is asked for: there is no hub here."""
+    client = pytest.importorskip("huggingface_hub")
+    folder = mae(tmp_path / "mae")
+    assert pair("models", "convert", folder, "--out", tmp_path / "own")[0] == 0
+    asked = []
+
+    class Commit:
+        commit_url = "https://hub/org/mine/commit/1"
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            asked.append((name, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            asked.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+            assert set(allow_patterns) == set(asked[-1][1])
+            return Commit
+
+    monkeypatch.setattr(client, "HfApi", Api)
+    publish = ("models", "publish", tmp_path / "own", "--name", "mine", "--out", tmp_path / "out")
+    code, out, _ = pair(*publish, "--hub", "org/mine")
+    assert code == 0 and "https://hub/org/mine/commit/1" in out
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert asked == [("org/mine", True, True), ("org/mine", files)]
+    assert "CC BY-NC" in (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert "is written org/name" in refused(*publish, "--hub", "mine", capsys=capsys)
+
+    def offline(self, *names, **options):
+        raise RuntimeError("no way\nto the hub")
+
+    monkeypatch.setattr(Api, "create_repo", offline)
+    said = refused(*publish, "--hub", "org/mine", capsys=capsys)
+    assert "to org/mine failed: no way to the hub" in said

@@ -81,6 +81,9 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="Trained model, such as runs/clip/best.")],
     name: Annotated[str, typer.Option(help="Name of the model.")],
     out: Annotated[Path, typer.Option(help="Folder of models.")] = Path("src/pair/assets/models"),
+    to_hub: Annotated[
+        str, typer.Option("--hub", help="Upload it to this hub repository too: org/name.")
+    ] = "",
 ) -> None:
     """Copy a trained model to OUT/NAME with a card made from its training record."""
     import os
@@ -100,3 +103,7 @@ def publish(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
     typer.echo(f"{target}: {config['kind']}")
+    if to_hub:
+        from pair.training.weights import upload
+
+        typer.echo(f"{upload(target, to_hub)}")

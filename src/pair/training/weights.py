@@ -64,6 +64,30 @@ def fetch(name: str, out: Path) -> dict[str, Any]:
     return record
 
 
+def upload(folder: Path, repository: str) -> str:
+    """Copy a published model folder to the hub repository ``org/name``; returns its address.
+
+    The repository is made (private) where it does not exist. The hub's own login is used.
+    """
+    if repository.count("/") != 1 or repository[0] in "./~":
+        raise ValueError(f"a hub repository is written org/name, got {repository!r}")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ValueError(
+            f"uploading needs huggingface_hub ({error}): pip install 'pair-retrieval[hub]'"
+        ) from error
+    files = [hub.CONFIG, hub.WEIGHTS, hub.CARD]
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
+    except Exception as error:  # the client raises a dozen unrelated kinds
+        why = " ".join(str(error).split())
+        raise ValueError(f"uploading {folder} to {repository} failed: {why}") from error
+    return str(done.commit_url)
+
+
 def convert(source: str, out: Path) -> dict[str, Any]:
     """A masked autoencoder of transformers or Meta as a generator folder of this package."""
     path = Path(source)
