@@ -218,6 +218,12 @@ def tables(record: dict) -> dict[str, dict]:
         [name, *(_ratio(c["torch is faster by"].get(n)) for n in against)]
         for name, c in zip(label, cells, strict=True)
     ]
+    gains = [n for n in names if n != "naive"]
+    gained = [
+        [name, *(_ratio(c["images/s"].get(n, 0) / c["images/s"]["naive"] or None) for n in gains)]
+        for name, c in zip(label, cells, strict=True)
+        if "naive" in c["images/s"]
+    ]
     work = []
     for name, config in GEOMETRIES.items():
         first, second = both_passes(config)
@@ -235,6 +241,7 @@ def tables(record: dict) -> dict[str, dict]:
     return {
         "pace": {"columns": ["two passes", *names, "torch: % of peak"], "rows": pace, "note": note},
         "ratios": {"columns": ["torch is faster than", *against], "rows": ratios, "note": found},
+        "naive": {"columns": ["faster than naive", *gains], "rows": gained},
         "work": {
             "columns": ["geometry", "GFLOP per image", "weights, MiB", "activations, MiB per image",
                         "operations per byte, batch 1", "batch 8", "batch 32"],
@@ -245,6 +252,19 @@ def tables(record: dict) -> dict[str, dict]:
 
 def _ratio(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"
+
+
+def joined(old: dict, new: dict) -> dict:
+    """``new`` with the cells of an earlier result that it did not measure again."""
+    for fact in ("versions", "cpu", "threads", "clock"):
+        if old[fact] != new[fact]:
+            raise SystemExit(f"--keep: the earlier result has another {fact}: measure all again")
+    again = [(c["geometry"], c["batch"]) for c in new["cells"]]
+    kept = [c for c in old["cells"] if (c["geometry"], c["batch"]) not in again]
+    order = list(GEOMETRIES)
+    cells = sorted([*kept, *new["cells"]], key=lambda c: (order.index(c["geometry"]), c["batch"]))
+    extra = "certified views and draws (small)"
+    return {**new, "cells": cells, extra: new[extra] or old[extra]}
 
 
 def cpu_name() -> str:
@@ -277,6 +297,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", action="store_true", help="other cells of --out stay as they are")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
@@ -307,6 +328,8 @@ def main() -> None:
         "cells": cells,
         "certified views and draws (small)": extra,
     }
+    if options.keep and options.out and options.out.is_file():
+        record = joined(json.loads(options.out.read_text()), record)
     record["tables"] = tables(record)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -258,9 +258,14 @@ def test_resize_golden(shape, size):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 900), (900, 5), (70, 50), (300, 20)])
 @pytest.mark.parametrize("size", [16, (7, 1000), (1000, 7)])
-def test_shrinking_while_decoding_is_the_same_resize(monkeypatch, shape, size):
-    monkeypatch.setattr("pair.images.STRIP", 1000)  # many strips
-    data = encode(RNG.integers(0, 256, (*shape, 3), dtype=np.uint8), "PNG")
+@pytest.mark.parametrize("strip, long", [(1000, 2000), (10**6, 2000), (1000, 0)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_shrinking_while_decoding_is_the_same_resize(monkeypatch, shape, size, strip, long, mode):
+    """In strips or whole, by the fast way for ordinary pictures and by the one for the others."""
+    monkeypatch.setattr("pair.images.STRIP", strip)
+    monkeypatch.setattr("pair.images.LONG", long)
+    noise = RNG.integers(0, 256, (*shape, len(mode)), dtype=np.uint8)
+    data = encode(noise[..., 0] if mode == "L" else noise, "PNG")
     expected = resize(load_image(data)[None], size)[0]
     assert torch.allclose(load_image(data, size=size), expected, atol=2e-6)
 

@@ -7,9 +7,10 @@ import torch
 
 from pair.data.pack import Pack
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
-from pair.generator import GeneratorConfig
+from pair.generator import GeneratorConfig, MaskedAutoencoder
 from pair.losses import patch_ssim
 from pair.masks import complement, rule_from_config
+from pair.purifier import Purifier
 from pair.retrieval.clip import ClipConfig, SmallClip, build_vocabulary
 from pair.retrieval.resnet import ResNetConfig
 from pair.training.augment import blur, crop_flip, jitter, resized_crop, to_float
@@ -105,6 +106,54 @@ def test_windows_count_hidden_tokens_only(pack):
     mask = rule(4, 3, generator=generator)
     ssim = patch_ssim(images, trained.module(images, mask), 8)
     assert losses(trained)["l_p"] == pytest.approx(float((1 - ssim)[~mask].mean()), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(5)
+    model = MaskedAutoencoder(dataclasses.replace(MODEL, decoder_width=32, decoder_depth=2))
+    folder = tmp_path_factory.mktemp("teacher")
+    Purifier(model).save_pretrained(folder, licence="CC0")
+    return folder
+
+
+def test_a_pupil_starts_from_what_fits_of_its_teacher(pack, teacher):
+    pupil, master = task(pack, teacher=str(teacher)), Purifier.from_pretrained(teacher).autoencoder
+    assert pupil.module.config == MODEL and pupil.licence == "CC0"
+    theirs, alone = master.state_dict(), task(pack).module.state_dict()
+    for name, value in pupil.module.state_dict().items():
+        fits = value.shape == theirs[name].shape
+        assert torch.equal(value, theirs[name] if fits else alone[name]), name
+        of_decoder = "decoder" in name or name == "mask_token"
+        assert fits == (not of_decoder or name == "decoder_pred.bias"), name
+    assert not any(p.requires_grad for p in pupil.teacher.parameters())
+    assert pupil.inputs().keys() == {"teacher"}
+
+
+@torch.no_grad()
+def test_a_pupil_is_compared_with_what_its_teacher_makes_of_the_same_tokens(pack, teacher):
+    master = Purifier.from_pretrained(teacher).autoencoder
+    trained = task(pack, teacher=str(teacher), distil=3.0, second=1.0)
+    images, _, generator = batch(trained, 0)
+    mask = trained.rule(4, 3, generator=generator)
+    first = trained.module(images, mask)
+    second = trained.module(first, complement(mask))
+    apart = [((first - master(images, mask)) ** 2).mean()]
+    apart.append(((second - master(first, complement(mask))) ** 2).mean())
+    got = losses(trained)
+    assert got["l_t"] == pytest.approx(float(sum(apart)) / 2, abs=1e-5)
+    assert got["loss"] == pytest.approx(got["l_p"] + 3 * got["l_t"], abs=1e-5)
+    hidden = losses(task(pack, teacher=str(teacher), windows=1.0))
+    assert hidden["l_t"] > 0
+    assert trained.validate()["psnr_to_teacher"] > 0
+
+
+def test_a_teacher_must_fit(pack, teacher):
+    with pytest.raises(ValueError, match="from init or from its teacher, not from both"):
+        task(pack, teacher=str(teacher), init=str(teacher))
+    other = GeneratorConfig(24, 12, 16, 1, 2, 16, 1, 2)
+    with pytest.raises(ValueError, match="tokens of another size"):
+        GeneratorTask(GeneratorTraining(model=other, teacher=str(teacher)), pack)
 
 
 def test_shares_of_steps(pack):

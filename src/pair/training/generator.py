@@ -37,11 +37,17 @@ class GeneratorTraining:
 
     ``init`` and ``discriminator``: see :mod:`pair.training.start`. A generator that starts from
     somewhere has the geometry of its start, unless ``model`` says otherwise (which is refused).
+
+    ``teacher`` distils: a generator of another geometry (a smaller decoder, say) starts from those
+    of the teacher's weights that fit by name and shape, and ``distil`` times the squared distance
+    to what the teacher makes of the same tokens joins the loss, in both passes.
     """
 
     model: GeneratorConfig = field(default_factory=GeneratorConfig)
     mask: dict[str, Any] = field(default_factory=lambda: {"rule": "exact", "ratio": 0.5})
     init: str = ""  # what to start from; empty = random weights
+    teacher: str = ""  # generator to imitate, frozen; empty = none
+    distil: float = 20.0  # weight of the distance to the teacher
     discriminator: str = ""  # frozen image encoder of L_s; empty = no semantic loss
     beta: float = 1.0
     pooled: float = 0.0  # extra weight of L_s on D's features before its projection
@@ -71,7 +77,9 @@ class GeneratorTraining:
                 "second and windows are shares of the steps and cannot exceed 1 together, "
                 f"got {self.second} and {self.windows}"
             )
-        for name in ("beta", "pooled", "mse", "lr", "weight_decay", "retrieval"):
+        if self.init and self.teacher:
+            raise ValueError("a generator starts from init or from its teacher, not from both")
+        for name in ("beta", "pooled", "mse", "distil", "lr", "weight_decay", "retrieval"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -89,6 +97,11 @@ class GeneratorTask:
             self.module.train().requires_grad_(True)
         else:
             self.module, self.licence = MaskedAutoencoder(config.model), ""
+        self.teacher: MaskedAutoencoder | None = None
+        if config.teacher:
+            self.teacher, self.licence = start.generator(config.teacher)
+            self.teacher.eval().requires_grad_(False)
+            _inherit(self.module, self.teacher, config.teacher)
         self.config, self.pack, self.device = config, pack, torch.device("cpu")
         pack.decode_at(config.photo_side)  # known only now, where the start decides the geometry
         if pack.side < config.model.image_size:
@@ -144,12 +157,16 @@ class GeneratorTask:
         self.held_out = self.held_out.to(device)
         if self.texts is not None:
             self.texts = (self.texts[0].to(device), self.texts[1].to(device))
+        if self.teacher is not None:
+            self.teacher.to(device)
         if self.critic is not None:
             self.critic.module.to(device)
 
     def inputs(self) -> dict[str, str]:
         """SHA-256 of what the settings name, before the first step."""
         found = {"init": start.digest(self.module)} if self.config.init else {}
+        if self.teacher is not None:
+            found["teacher"] = start.digest(self.teacher)
         if self.critic is not None:
             found["discriminator"] = start.digest(self.critic.module)
         return found
@@ -188,10 +205,13 @@ class GeneratorTask:
             images = crop_flip(images, c.model.image_size, generator)
         kind = float(torch.rand(1, generator=generator))
         grid = model.grid
+        asked: list[tuple[Tensor, Tensor]] = []  # what the model was shown, for the teacher
         if kind < c.windows:
             rule = rule_from_config({"rule": "windows", "windows": 1.0})
             mask = rule(len(images), grid, generator=generator, device=self.device)
             rebuilt = model(images, mask)
+            asked.append((images, mask))
+            answers = [rebuilt]
             seen = mask.view(-1, 1, grid, grid)
             seen = seen.repeat_interleave(c.model.patch_size, 2)
             seen = seen.repeat_interleave(c.model.patch_size, 3)
@@ -202,8 +222,11 @@ class GeneratorTask:
         else:
             mask = self.rule(len(images), grid, generator=generator, device=self.device)
             outputs, scale = [model(images, mask)], torch.ones((), device=self.device)
+            asked.append((images, mask))
             if kind < c.windows + c.second:
-                outputs.append(model(outputs[0], complement(mask)))
+                asked.append((outputs[0], complement(mask)))
+                outputs.append(model(*asked[1]))
+            answers = outputs
         l_p = scale * torch.stack([self._pixels(images, o) for o in outputs]).mean()
         losses = {"l_p": l_p}
         total = l_p
@@ -213,6 +236,12 @@ class GeneratorTask:
             l_s = torch.stack([self._semantic(wanted, self._look(o)) for o in outputs]).mean()
             losses["l_s"] = l_s
             total = total_loss(l_p, l_s, c.beta)
+        if self.teacher is not None:
+            with torch.no_grad():
+                lessons = [self.teacher(x, m) for x, m in asked]
+            pairs = zip(answers, lessons, strict=True)
+            losses["l_t"] = torch.stack([F.mse_loss(a, b) for a, b in pairs]).mean()
+            total = total + c.distil * losses["l_t"]
         return {"loss": total, **losses}
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -247,6 +276,9 @@ class GeneratorTask:
             "psnr_one_pass": _psnr(images, first.clamp(0, 1)),
             "psnr_two_passes": _psnr(images, second),
         }
+        if self.teacher is not None:
+            taught = self.teacher(self.teacher(images, mask), complement(mask)).clamp(0, 1)
+            figures["psnr_to_teacher"] = _psnr(taught, second)
         score = figures["psnr_two_passes"] / 20
         if self.critic is not None:
             z = self._look(images)[0]
@@ -275,6 +307,18 @@ class GeneratorTask:
         if self.licence:
             facts = {**facts, "licence": self.licence}
         Purifier(self.module, rule).save_pretrained(folder, torch.float16, **facts)
+
+
+def _inherit(module: MaskedAutoencoder, teacher: MaskedAutoencoder, name: str) -> None:
+    """Give ``module`` the teacher's weights where name and shape agree."""
+    ours, theirs = module.config, teacher.config
+    same = ("image_size", "patch_size", "mean", "std")
+    if any(getattr(ours, key) != getattr(theirs, key) for key in same):
+        raise ValueError(f"{name} has images or tokens of another size than the model it teaches")
+    mine = module.state_dict()
+    fitting = {k: v for k, v in teacher.state_dict().items() if k in mine}
+    fitting = {k: v for k, v in fitting.items() if v.shape == mine[k].shape}
+    module.load_state_dict(fitting, strict=False)
 
 
 def _recompute(module: MaskedAutoencoder) -> None:
