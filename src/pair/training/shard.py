@@ -7,11 +7,11 @@ another number of GPUs.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pair.training.parallel import World
 
@@ -31,9 +31,15 @@ def shard(world: World, module: nn.Module) -> None:
     fully_shard(module, mesh=mesh)
 
 
+def _is_piece(value: Any) -> bool:
+    """Whether a tensor is cut. What cuts tensors is slow to import: where it is not, none is."""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(value, known.DTensor)
+
+
 def whole(tree: Any) -> Any:
     """A copy of nested dicts and lists with every piece made whole; all processes must call."""
-    if isinstance(tree, DTensor):
+    if _is_piece(tree):
         return tree.full_tensor().detach().cpu()
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
@@ -42,10 +48,12 @@ def whole(tree: Any) -> Any:
     return tree
 
 
-def piece(value: Any, like: Tensor) -> Any:
+def piece(value: Any, like: Any) -> Any:
     """This process's piece of a whole tensor, cut as ``like`` is; other values as they are."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.ndim != like.ndim:
+    if not _is_piece(like) or not isinstance(value, Tensor) or value.ndim != like.ndim:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     there = value.to(like.device, like.dtype)
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
