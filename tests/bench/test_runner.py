@@ -187,3 +187,14 @@ def test_rungs_of_the_ladder(tmp_path):
     assert curve["points"][0]["gradients"] == 0
     uploads = next(r for r in done if r["rung"] == "uploads")["curve"]
     assert list(uploads.values()) == sorted(uploads.values())
+    assert max(map(int, uploads)) <= bench.settings.uploads  # as many as were drawn, no more
+
+
+def test_masks_per_step_are_those_of_the_row(tmp_path):
+    bench = bench_at("ladder", tmp_path, steps=8)
+    assert runner.run(bench, only="Adam 0.05, 7 masks").failed == []
+    lines = [bench.store.read(bench.key(c)) for c in bench.cells()]
+    (found,) = (x["result"] for x in lines if x is not None and x["facts"]["mode"] == "adaptive")
+    last = found["points"][-1]
+    assert found["eot"] == 7 and found["details"]["config"]["eot"] == 7
+    assert last["gradients"] == last["steps"] * bench.settings.ads * 7

@@ -54,7 +54,13 @@ def checks_of(
     if isinstance(search, CertifiedSearch):  # an attack of another form: see its tests
         return [*found, sanity.s11_seeds(seeds), sanity.s12_text_leak(texts, queries)]
     made = AttackResult(
-        patch, notes["losses"], {**notes["config"], "eot": search.samples}, {}, 0, 0, 0.0
+        patch,
+        notes["losses"],
+        {**notes["config"], "eot": search.samples(bench.settings_of(cell.row))},
+        {},
+        0,
+        0,
+        0.0,
     )
     found += [
         c

@@ -150,7 +150,7 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         facts = {"what": "adaptive hash", "models": bench.models.facts(row, True),
                  "row": [row.defense, row.options]}  # fmt: skip
         best, notes = optimise(
-            bench, row, victim, search.encoder, unit, s.hash_steps, search.samples, facts
+            bench, row, victim, search.encoder, unit, s.hash_steps, search.samples(s), facts
         )
         patches, details = {"gradient": best, **patches}, {"gradient": notes, **details}
         if row.patches:

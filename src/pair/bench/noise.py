@@ -40,7 +40,7 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         "chosen": "gradient",
         "attacks": attacks,
         "details": {"gradient": {"steps": s.steps, "losses": losses,
-                                 "epsilon": s.epsilon, "eot": search.samples}},
+                                 "epsilon": s.epsilon, "eot": search.samples(s)}},
         "checks": [],
         "threat": {
             "surface": "one picture inserted into the gallery",
@@ -67,7 +67,7 @@ def noisy(bench: Bench, cell: Cell) -> tuple[Tensor, list[float]]:
     features = EOT(victim.features, 1)
     result = perturb(
         features, world.ads.to(s.device), goal, epsilon=s.epsilon, steps=s.steps,
-        eot=search.samples, momentum=0.9, progress=bench.progress,
+        eot=search.samples(s), momentum=0.9, progress=bench.progress,
         generator=torch.Generator().manual_seed(seed_of("optimise", s.seed, unit)),
     )  # fmt: skip
     images, losses = result.images.cpu(), torch.tensor(result.losses)

@@ -14,7 +14,7 @@ from pair.attacks.objectives import Goal, TextGoal
 from pair.attacks.wrappers import Adaptive, adaptive, as_features
 from pair.bench.models import CERTIFIED, Models
 from pair.bench.photos import Photos
-from pair.bench.scenario import Row
+from pair.bench.scenario import Row, Settings
 from pair.certified import CertifiedPurifier, DeltaCap
 from pair.retrieval.hashing import binarise
 
@@ -30,11 +30,14 @@ class Defended:
         self.encoder = self.defense.harden(encoder)
         self.random = self.defense.random
         self.device = models.settings.device
-        self.samples = models.settings.eot if self.random else 1
 
     def features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, D), as an evaluation computes them."""
         return self.encoder.encode_image(self.defense(images, generator=generator))
+
+    def samples(self, s: Settings) -> int:
+        """Draws of the defense per step of an attack, by the settings of a row."""
+        return s.eot if self.random else 1
 
     def _batches(self, images: Tensor | Photos):
         return (chunk.to(self.device) for chunk in images.split(BATCH))
@@ -93,7 +96,7 @@ class CertifiedSearch(Search):
         self.purifier = CertifiedPurifier.from_pretrained(
             models.where(name), patch=s.size, views=s.views
         ).to(s.device)
-        self.random, self.device, self.samples = False, s.device, 1
+        self.random, self.device = False, s.device
         self.pool = DeltaCap(0.0)
 
     def _rows(self, images: Tensor, generator: torch.Generator) -> Tensor:

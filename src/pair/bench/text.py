@@ -84,7 +84,7 @@ def start_patch(attack: dict[str, Any], s: Settings, start: str, seed: int) -> P
 def adaptive_config(s: Settings, search: Search) -> TTHConfig:
     steps = s.member_steps if isinstance(search, CertifiedSearch) else s.steps
     return TTHConfig(
-        steps=steps, lr=s.lr, schedule=s.schedule, distortion=s.distortion, eot=search.samples,
+        steps=steps, lr=s.lr, schedule=s.schedule, distortion=s.distortion, eot=search.samples(s),
         start=s.start, size=s.size, retry=False,
     )  # fmt: skip
 
