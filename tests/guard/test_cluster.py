@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from collections_tiny import draw, save_models
@@ -60,3 +62,25 @@ def test_the_same_rows_as_the_local_engine(tmp_path):
         assert np.allclose(row.vector, rows["ray"][key].vector, atol=1e-5)
         assert np.allclose(row.vector_raw, rows["ray"][key].vector_raw, atol=1e-5)
         assert row.uri == rows["ray"][key].uri
+
+
+@pytest.mark.slow
+def test_failures_of_ray_are_one_sentence(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("lancedb")
+    names = save_models(tmp_path / "models")
+    draw(tmp_path / "p" / "0.png", 0)
+    made = Collection.create(str(tmp_path / "c"), Models.load(**names))
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody is there
+        with pytest.raises(OSError, match="Ray could not start: ") as told:
+            cluster.add_with_ray(made, [tmp_path / "p"], workers=1)
+        assert "\n" not in str(told.value)
+    shutil.rmtree(tmp_path / "models" / "encoder")  # workers cannot load it any more
+    try:
+        with pytest.raises((OSError, ValueError), match="Ray could not finish: ") as told:
+            cluster.add_with_ray(made, [tmp_path / "p"], workers=1)
+        assert "encoder" in str(told.value) and "\n" not in str(told.value)
+    finally:
+        ray.shutdown()
+    assert len(made) == 0

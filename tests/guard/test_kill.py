@@ -84,6 +84,15 @@ def alive(pid: int) -> bool:
     return False
 
 
+def effort(pid: int) -> int:
+    """Processor time so far: what moves as long as a process does not hang, however slow it is."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended, or there is no such file here
+        return -1
+    return int(fields[11]) + int(fields[12])
+
+
 def acknowledged(out: Path) -> list[str]:
     """Ids in whole lines of a writer's report."""
     text = out.read_text() if out.exists() else ""
@@ -119,9 +128,11 @@ def run_rounds(tmp_path: Path, launcher: Launcher, rounds: int, seed: int) -> di
             )  # fmt: skip
             # At the n-th report, or some time after the start, or in the tidying up at the end.
             writers.append([pid, out, rng.randrange(-1, 6), rng.uniform(0, 0.12), False])
-        end = time.monotonic() + 120
+        moved, since = [], time.monotonic()
         while any(alive(w[0]) for w in writers):
-            assert time.monotonic() < end, "a writer hangs"
+            if moved != (efforts := [effort(w[0]) for w in writers]):
+                moved, since = efforts, time.monotonic()
+            assert time.monotonic() < since + 120, "a writer hangs"
             for writer in writers:
                 pid, out, reports, pause, done = writer
                 lines = out.read_bytes().count(b"\n") if out.exists() else 0
@@ -140,6 +151,7 @@ def run_rounds(tmp_path: Path, launcher: Launcher, rounds: int, seed: int) -> di
         assert not lost, f"round {number}: {len(lost)} acknowledged rows are gone"
         assert max(found.values(), default=1) == 1, f"round {number}: a row twice"
         assert collection.search_text("a red photo", 3) or not found
+        print(f"round {number}: {killed} killed, {len(promised)} rows promised", flush=True)
     report = collection.add(tmp_path / "photos")
     assert report.failed == 0 and len(collection) == pictures
     assert set(stored(collection).values()) == {1}

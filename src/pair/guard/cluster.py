@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,9 @@ def add_with_ray(
     if unnamed := [r for r, m in collection.record["models"].items() if not m["name"]]:
         raise ValueError(f"the {unnamed[0]} has no name: workers could not load it")
     ray = _library()
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+    with _plain_errors("start"):
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
     cuda = collection.device.startswith("cuda")
     there = ray.cluster_resources()
     count = workers or max(1, int(there.get("GPU", 0) if cuda else there.get("CPU", 2) // 2))
@@ -123,4 +126,23 @@ def add_with_ray(
 
 
 def _rows(data: Any) -> Iterator[dict[str, Any]]:
-    yield from data.iter_rows(prefetch_batches=0)
+    with _plain_errors("finish"):
+        yield from data.iter_rows(prefetch_batches=0)
+
+
+@contextmanager
+def _plain_errors(doing: str) -> Iterator[None]:
+    """Ray tells of a failure with the stacks of all processes, and has no common type for those
+    of its start: keep the sentence of what was first."""
+    try:
+        with warnings.catch_warnings():
+            # Ray starts programs, it does not go on in a copy of this one.
+            warnings.filterwarnings("ignore", message="lancedb fork support")
+            yield
+    except Exception as error:
+        first: BaseException = error
+        while (cause := getattr(first, "cause", None) or first.__cause__) is not None:
+            first = cause
+        text = str(first).strip() or type(first).__name__
+        kind = ValueError if isinstance(first, ValueError) else OSError
+        raise kind(f"Ray could not {doing}: {text.splitlines()[-1][:300]}") from error
