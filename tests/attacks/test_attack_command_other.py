@@ -136,6 +136,30 @@ def test_a_hub_meets_many_searches(base, folder, clip, tmp_path):
             pair("perturb", folder / "ads", *words, "--model", folder / "clip", "--out", tmp_path)
 
 
+def test_the_tenth_place_is_the_aim(base, folder, clip, tmp_path):
+    def scores(images):
+        with torch.no_grad():
+            texts = F.normalize(clip.encode_text(sentences(["laptop"], TRAIN_TEMPLATES)), dim=1)
+            return F.normalize(clip.encode_image(images), dim=1) @ texts.T
+
+    pool = quantise(photos(100, 9))
+    many = pool[scores(pool).mean(1).argsort(descending=True)[:10]]  # hard to beat
+    (tmp_path / "many").mkdir()
+    for i, image in enumerate(many):
+        save_image(tmp_path / "many" / f"{i:02}.png", image)
+    pair("tth", *base, "--gallery", tmp_path / "many", "--preset", "std", "--start", "grey",
+         "--steps", 10, "--out", tmp_path / "p")  # fmt: skip
+    patch = Patch.load(tmp_path / "p")
+    bars = scores(many).min(0).values  # the tenth of ten
+
+    def want(p):
+        return float(F.softplus((bars - scores(p.apply(ads(folder)))) / 0.01).mean())
+
+    losses = patch.notes["losses"]
+    assert losses[0] == pytest.approx(want(Patch.make("grey", 11, 32)), rel=1e-3)
+    assert losses[-1] == pytest.approx(want(patch), rel=0.05) and losses[-1] < 0.9 * losses[0]
+
+
 def test_noise_stays_in_the_ball_and_resumes(base, folder, clip, tmp_path):
     out, e_t = tmp_path / "noise", target(clip)
     assert "30 updates, at most 30" in pair("perturb", *base, "--steps", 10, "--dry-run",

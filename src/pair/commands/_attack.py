@@ -128,6 +128,30 @@ def victim(encoder: Any, defense: str | None, config: Any, eot: int | None) -> t
     return found, config
 
 
+def stored(features: Any, images: Tensor, seed: int) -> Tensor:
+    """Features (N, D) of a gallery as an index stores them: one draw each."""
+    import torch
+
+    from pair.attacks.evaluate import draw_outputs
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    return draw_outputs(features, images, None, 1, generator)[0]
+
+
+def bars(
+    encoder: Any, seen: Adaptive, lines: list[str], gallery: Path, seed: int, top: int = 10
+) -> tuple[Tensor, Tensor]:
+    """The searches (Q, D), and the score that place ``top`` of each has among these photos."""
+    import torch
+
+    from pair.attacks.objectives import rank_thresholds
+
+    with torch.no_grad():
+        texts = encoder.encode_text(lines)
+    others = load([gallery], encoder.image_size, 10**6)
+    return texts, rank_thresholds(texts, stored(seen.features, others, seed), top)
+
+
 def plateau(window: int | None) -> tuple[int, float] | None:
     return None if window is None else (window, 0.01)
 

@@ -6,7 +6,7 @@ Registered in :mod:`pair.commands.attack`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -28,9 +28,6 @@ from pair.commands._attack import (
     TextModel,
     Threads,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Start = Annotated[
     str, typer.Option(help="qr[:text], text:<words>, noise, grey, logo or a picture.")
@@ -161,7 +158,7 @@ def blackbox(
 
     from pair.attacks.blackbox import TopKOracle, nes, random_search
     from pair.attacks.cost import measure
-    from pair.attacks.objectives import Goal, rank_thresholds
+    from pair.attacks.objectives import Goal
 
     torch.set_num_threads(threads)
     directions = 10
@@ -174,10 +171,7 @@ def blackbox(
     target, lines, facts = common.goal(encoder, keyword, captions, searches)
     goal: Goal = target
     if gallery is not None:
-        with torch.no_grad():
-            texts = encoder.encode_text(lines)
-        others = _features(victim.features, common.load([gallery], encoder.image_size, 10**6), seed)
-        goal = TopKOracle(texts, rank_thresholds(texts, others, 10))
+        goal = TopKOracle(*common.bars(encoder, victim, lines, gallery, seed))
     images = common.load(photos, encoder.image_size, limit)
     pace = measure(victim.features, images, draws, backward=False)
     forwards = queries * draws * len(images)
@@ -288,7 +282,6 @@ def score(
     import torch
 
     from pair.attacks.evaluate import best_of, draw_outputs, enters
-    from pair.attacks.objectives import rank_thresholds
     from pair.attacks.patch import Patch
     from pair.files import write_atomic
 
@@ -306,8 +299,6 @@ def score(
         goal, lines, facts = common.goal(encoder, keyword, captions, searches)
         images = common.load(photos, encoder.image_size, limit)
         fitted = loaded.fit(encoder.image_size)
-        with torch.no_grad():
-            texts = encoder.encode_text(lines)
         for which in defense or ["none"]:
             victim = common.adaptive_victim(encoder, None if which == "none" else which)
             row: dict[str, Any] = {"model": name, "defense": which, "draws": draws}
@@ -321,8 +312,7 @@ def score(
                 if gallery is None:
                     continue
                 if shown is None:
-                    many = common.load([gallery], encoder.image_size, 10**6)
-                    limits = rank_thresholds(texts, _features(victim.features, many, seed), top)
+                    texts, limits = common.bars(encoder, victim, lines, gallery, seed, top)
                 inside = enters(outputs, texts, limits)  # (draws, B, Q)
                 row[key]["share"] = float(inside.float().mean())
                 row[key]["any"] = float(inside.any(1).float().mean())
@@ -339,13 +329,3 @@ def score(
         record = {"patch": loaded.notes, "texts": facts, "seed": seed, "rows": rows}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, (json.dumps(record, indent=1) + "\n").encode())
-
-
-def _features(features: Any, images: Tensor, seed: int) -> Tensor:
-    """Features (N, D) of a gallery as an index stores them: one draw each."""
-    import torch
-
-    from pair.attacks.evaluate import draw_outputs
-
-    generator = torch.Generator().manual_seed(seed + 1)
-    return draw_outputs(features, images, None, 1, generator)[0]

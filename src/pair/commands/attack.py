@@ -42,6 +42,10 @@ def tth(
     keyword: Keyword = None,
     captions: Captions = None,
     searches: Searches = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="Aim at the tenth place among these photos, not at the mean of texts."),
+    ] = None,
     model: TextModel = "clip-small",
     pretrained: Pretrained = None,
     defense: Defended = None,
@@ -97,6 +101,7 @@ def tth(
     """
     import torch
 
+    from pair.attacks.objectives import RankHinge
     from pair.attacks.patch import Patch
     from pair.attacks.search import location_search
     from pair.attacks.transforms import PrintTransform
@@ -124,7 +129,9 @@ def tth(
         changes["scope"] = "per-image"
     config = TTHConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
     victim, config = common.victim(encoder, defense, config, eot)
-    goal, _, facts = common.goal(encoder, keyword, captions, searches)
+    goal, lines, facts = common.goal(encoder, keyword, captions, searches)
+    if gallery is not None:
+        goal = RankHinge(*common.bars(encoder, victim, lines, gallery, seed))
     files = common.files(photos)[:limit]
     images = common.load(files, encoder.image_size, limit)
     if not common.announce(config, victim, images, dry_run, locate):
