@@ -7,7 +7,9 @@ distances from the list of classes, not picked. Each is scored on held-out queri
 8 bits, among 736 photos: is any advertisement in the top 10 (the paper's irrelevant R@10), and how
 many of the ten are (share)? The published settings are run by this package and, for the first
 keyword, by the algorithm written out step by step (``literal.py``); then Adam without distortion,
-as in the presets std to max, for fewer and for more gradients than that.
+as in the presets std to max, on the same target and on the lists themselves (``RankHinge``: each
+search's tenth place is to be beaten; the attacker knows the gallery, and other searches than those
+of the evaluation). The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from adaptive import ADAM, ADS, SIZE, Search
 
 from pair import __version__, hub
 from pair.attacks import TextGoal, TTHConfig, tth
+from pair.attacks.objectives import RankHinge, rank_thresholds
 from pair.attacks.patch import Patch
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
@@ -35,6 +38,7 @@ from pair.retrieval.statistics import summarise
 PUBLISHED, STEPS = "TTH, published settings", (50, 100, 200, 300)
 LITERAL = "TTH, published step by step"
 STRONG, STRONG_STEPS = "Adam, no distortion", (25, 50, 100, 200)
+RANKS = "Adam, aiming at the tenth place"
 
 
 def main() -> None:
@@ -51,7 +55,20 @@ def main() -> None:
     classes = embedded.labels()
     keywords = classes[:: len(classes) // options.keywords][: options.keywords]
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "model": hub.read_config(hub.resolve("clip-small"), "clip")["sha256"][:12],
+        "version": __version__, "torch": torch.__version__, "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
     measured: list[dict] = []
+    if options.out.is_file():
+        found = json.loads(options.out.read_text())
+        if found["facts"] != facts:
+            raise SystemExit(f"{options.out} is of other models or versions: delete it")
+        measured = found["measured"]
+
+    def known(keyword, attack):
+        return any((m["keyword"], m["attack"]) == (keyword, attack) for m in measured)
 
     def note(keyword, attack, steps, patch, goal, queries):
         with torch.no_grad():
@@ -65,32 +82,42 @@ def main() -> None:
         with torch.no_grad():
             target = clip.encode_text(sentences([keyword], TRAIN_TEMPLATES)).mean(0)
             queries = F.normalize(clip.encode_text(sentences([keyword], HELD_OUT_TEMPLATES)), dim=1)
+            texts = clip.encode_text(sentences([keyword], TRAIN_TEMPLATES))
         goal = TextGoal(target)
-        note(keyword, "no patch", 0, None, goal, queries)
+        if not known(keyword, "no patch"):
+            note(keyword, "no patch", 0, None, goal, queries)
+        strong = TTHConfig(**{**vars(ADAM), "steps": STRONG_STEPS[-1], "lr": 0.03,
+                           "schedule": "cosine", "snapshots": STRONG_STEPS})  # fmt: skip
         runs = {
-            PUBLISHED: TTHConfig(steps=STEPS[-1], snapshots=STEPS),
-            STRONG: TTHConfig(**{**vars(ADAM), "steps": STRONG_STEPS[-1], "lr": 0.03,
-                              "schedule": "cosine", "snapshots": STRONG_STEPS, "held": None}),
-        }  # fmt: skip
-        for name, config in runs.items():
-            result = tth(clip, ads, goal, config=config,
+            PUBLISHED: (goal, TTHConfig(steps=STEPS[-1], snapshots=STEPS)),
+            STRONG: (goal, strong),
+            RANKS: (RankHinge(texts, rank_thresholds(texts, search.gallery, 10)), strong),
+        }
+        for name, (aim, config) in runs.items():
+            if known(keyword, name):
+                continue
+            result = tth(clip, ads, aim, config=config,
                          generator=torch.Generator().manual_seed(1))  # fmt: skip
             for steps, patch in result.snapshots.items():
                 note(keyword, name, steps, patch, goal, queries)
-        if number == 0:
+        if number == 0 and not known(keyword, LITERAL):
             start = Patch.make("qr", 0.35, SIZE)
             content, _ = literal.tth(clip.encode_image, ads, target, start.content, STEPS[-1])
             note(keyword, LITERAL, STEPS[-1], start.with_content(content), goal, queries)
-        table = report(measured, keywords[: number + 1])
+        table = report(measured, keywords[: number + 1], facts)
         write_atomic(options.out, (json.dumps(table, indent=1) + "\n").encode())
 
 
-def report(measured: list[dict], keywords: list[str]) -> dict:
+def report(measured: list[dict], keywords: list[str], facts: dict) -> dict:
     rows = []
     for attack, steps in (
-        ("no patch", 0), *((PUBLISHED, s) for s in STEPS), *((STRONG, s) for s in STRONG_STEPS)
+        ("no patch", 0), *((PUBLISHED, s) for s in STEPS), *((STRONG, s) for s in STRONG_STEPS),
+        *((RANKS, s) for s in STRONG_STEPS),
     ):  # fmt: skip
-        found = [m for m in measured if (m["attack"], m["steps"]) == (attack, steps)]
+        found = [m for m in measured if (m["attack"], m["steps"]) == (attack, steps)
+                 and m["keyword"] in keywords]  # fmt: skip
+        if not found:
+            continue
         cells = []
         for figure in ("any", "share"):
             values = torch.tensor([m[figure] for m in found])
@@ -116,11 +143,7 @@ def report(measured: list[dict], keywords: list[str]) -> dict:
                      for name, m in same.items()],
             "note": f"Keyword {keywords[0]}, {STEPS[-1]} steps, same start.",
         }},
-        "facts": {
-            "model": hub.read_config(hub.resolve("clip-small"), "clip")["sha256"][:12],
-            "version": __version__, "torch": torch.__version__, "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "facts": facts,
         "measured": measured,
     }  # fmt: skip
 
