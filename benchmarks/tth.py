@@ -137,7 +137,7 @@ def report(measured: list[dict], keywords: list[str], facts: dict) -> dict:
             "photos; in brackets: 95 % bootstrap interval over keywords. Ten advertisements share "
             "ten places, so that a share of 100 % would leave no other photo."
         ),
-        "tables": {"side by side": {
+        "tables": {"literal": {
             "columns": ["attack", "loss", "any ad, %", "share, %"],
             "rows": [[name, f"{m['loss']:.5f}", 100 * m["any"], 100 * m["share"]]
                      for name, m in same.items()],
