@@ -8,6 +8,7 @@ that is done again (after a failure, or by the next run) finds its rows there: n
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -93,7 +94,10 @@ def add_with_ray(
     ray = _library()
     with _plain_errors("start"):
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+    # Progress is told by the caller, in its own words.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     cuda = collection.device.startswith("cuda")
     there = ray.cluster_resources()
     count = workers or max(1, int(there.get("GPU", 0) if cuda else there.get("CPU", 2) // 2))
@@ -101,11 +105,13 @@ def add_with_ray(
     place, _, name = collection.uri.rpartition("#")
     if "://" not in place:
         place = os.path.abspath(place)
-    data = ray.data.from_items(units(paths, PARTS * count), override_num_blocks=None)
-    data = data.repartition(data.count())  # a unit is what a worker takes
+    work = units(paths, PARTS * count)
+    # A block for each: a unit is what a worker takes. (A repartition would wait for a processor
+    # that the workers hold.)
+    data = ray.data.from_items(work, override_num_blocks=len(work))
     data = data.map(
-        Worker, fn_constructor_args=(f"{place}#{name}", options), concurrency=count,
-        num_gpus=1 if cuda else 0, num_cpus=1,
+        Worker, fn_constructor_args=(f"{place}#{name}", options), num_gpus=1 if cuda else 0,
+        num_cpus=1, compute=ray.data.ActorPoolStrategy(size=count),
     )  # fmt: skip
     log = Path(failures) if failures else ingest.default_failures(collection.uri)
     report = AddReport()
@@ -127,7 +133,7 @@ def add_with_ray(
 
 def _rows(data: Any) -> Iterator[dict[str, Any]]:
     with _plain_errors("finish"):
-        yield from data.iter_rows(prefetch_batches=0)
+        yield from data.iter_rows()
 
 
 @contextmanager
