@@ -200,6 +200,32 @@ def test_all_bodies_together_are_limited(models):
         assert post(url).status_code == 200
 
 
+@pytest.mark.parametrize(("times", "fine"), [(1, True), (2, False)])
+def test_client_repeats_what_a_closing_connection_swallowed(times, fine):
+    """A server may close an idle connection at the moment in which it is used again."""
+    answer = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"hits":[]}'
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+
+        def serve() -> None:
+            for number in range(times + fine):
+                connection, _ = listening.accept()
+                with connection:
+                    if number < times:
+                        connection.recv(10)  # the rest is unread: the client gets a reset
+                        continue
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+        done = pool.submit(serve)
+        with Client(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=20) as client:
+            if fine:
+                assert client.search_text("x") == []
+            else:
+                with pytest.raises(ConnectionError):
+                    client.search_text("x")
+        done.result(20)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_work_finishes_what_was_accepted(models, tmp_path, number):
     models.purifier.save_pretrained(tmp_path / "purifier")
@@ -241,6 +267,56 @@ def test_grace_says_not_ready_and_works_on(models):
         assert httpx.get(f"{url}/readyz").json()["error"]["message"] == "stopping"
         assert post(url).status_code == 200
         until(lambda: running.should_exit)
+
+
+def test_who_is_connected_when_it_stops_gets_an_answer(models):
+    service = Service(Engine(models), threads=2)
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(service) as (url, running):
+        host, port = url.removeprefix("http://").split(":")
+        with (
+            socket.create_connection((host, int(port)), 20) as kept,
+            socket.create_connection((host, int(port)), 20) as silent,
+            socket.create_connection((host, int(port)), 20) as half,
+        ):
+            kept.sendall(request)
+            assert b"200 OK" in kept.recv(65536)
+            half.sendall(request[:9])
+            running.handle_exit(signal.SIGTERM, None)
+            until(lambda: not running.servers[0].is_serving())
+            for connection, rest in ((kept, request), (half, request[9:])):
+                connection.sendall(rest)
+                answer = b""
+                while part := connection.recv(65536):
+                    answer += part
+                assert b"200 OK" in answer and b"connection: close" in answer.lower()
+            assert silent.recv(1) == b"", "who says nothing is not waited for"
+
+
+def test_a_stop_under_traffic_breaks_no_connection(models):
+    """Requests on kept connections, new connections, and some that wait to be accepted."""
+    broken: list[str] = []
+
+    def send(url: str, keep: bool) -> None:
+        headers = {} if keep else {"connection": "close"}
+        with httpx.Client(base_url=url, timeout=30, headers=headers) as http:
+            while True:
+                try:
+                    assert http.get("/healthz").status_code == 200
+                except httpx.ConnectError:
+                    return  # it listens no longer
+                except httpx.TransportError as error:
+                    broken.append(type(error).__name__)
+
+    for _ in range(4):
+        service = Service(Engine(models), threads=2)
+        with serving(service) as (url, running), ThreadPoolExecutor(12) as pool:
+            sent = [pool.submit(send, url, n % 2 == 0) for n in range(12)]
+            time.sleep(0.3)
+            running.handle_exit(signal.SIGTERM, None)
+            for future in sent:
+                future.result(30)
+    assert not broken
 
 
 def test_command_refuses_what_cannot_work(tmp_path):

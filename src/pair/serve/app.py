@@ -65,6 +65,7 @@ class Service:
         self.api = build(self)
         self.gate = Gate(self.api, self.limits, keys or Keys(), self.metrics)
         self.gate.pace = lambda: len(self.batcher) * self.batcher.pace
+        self.gate.leaving = lambda: self.leaving
 
     @property
     def app(self) -> Gate:

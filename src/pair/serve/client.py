@@ -44,7 +44,8 @@ class Client:
     """One connection pool to one service; usable from several threads.
 
     ``key``: default, the environment variable ``PAIR_API_KEY``. Refusals for lack of room (429,
-    503) are tried again up to ``retries`` times, after the pause that the service asks for.
+    503) are tried again up to ``retries`` times, after the pause that the service asks for; a
+    request whose connection broke is sent once more.
     Pictures are files, bytes of files, tensors (3, H, W) in [0, 1], or Pillow images; those that
     are not files yet travel as PNG. Raises :class:`ServiceError`, and ``ConnectionError`` where
     no service answers.
@@ -145,7 +146,7 @@ class Client:
             request["headers"] = {"content-type": "application/octet-stream"}
         for attempt in range(self.retries + 1):
             try:
-                answer = self._http.post(path, **request)
+                answer = self._sent(path, request)
             except self._library.TransportError as error:
                 url = self._http.base_url
                 raise ConnectionError(f"no answer from {url}: {error or 'it hung up'}") from error
@@ -161,6 +162,14 @@ class Client:
             told = {"code": "unknown", "message": "an answer that is not of this service"}
         name = answer.headers.get("x-request-id", "")
         raise ServiceError(answer.status_code, told["code"], told["message"], name)
+
+    def _sent(self, path: str, request: dict[str, Any]) -> Any:
+        """Once more where the connection broke: no call changes anything, so none can do harm."""
+        library = self._library
+        try:
+            return self._http.post(path, **request)
+        except (library.ReadError, library.WriteError, library.RemoteProtocolError):
+            return self._http.post(path, **request)
 
 
 def _bytes(picture: Picture) -> bytes:

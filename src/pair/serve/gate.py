@@ -59,6 +59,7 @@ class Gate:
         self.working: Counter[str] = Counter()
         self.buffered = 0
         self.pace: Callable[[], float] = lambda: 1.0  # seconds until a place may be free
+        self.leaving: Callable[[], bool] = lambda: False  # then every connection ends
         metrics.gauge("pair_requests_active", "Admitted, not answered.", self.working.total)
         metrics.gauge("pair_buffered_bytes", "Bodies in memory.", lambda: float(self.buffered))
 
@@ -71,7 +72,7 @@ class Gate:
         name = given if _ID.fullmatch(given) else secrets.token_hex(8)
         visit = Visit(name, scope["method"], scope["path"], time.monotonic())
         scope["pair.visit"] = visit
-        answer = _Answer(send, visit)
+        answer = _Answer(send, visit, self.leaving)
         work, admitted = visit.path in WORK, False
         body: _Body | None = None
         try:
@@ -213,8 +214,8 @@ class _Body:
 class _Answer:
     """The way back: adds headers, notes the status, and refuses at most once."""
 
-    def __init__(self, send: Send, visit: Visit):
-        self.inner, self.visit = send, visit
+    def __init__(self, send: Send, visit: Visit, leaving: Callable[[], bool]):
+        self.inner, self.visit, self.leaving = send, visit, leaving
         self.started = self.refused = False
 
     async def send(self, message: Message) -> None:
@@ -226,6 +227,8 @@ class _Answer:
             given = {name.lower() for name, _ in message.get("headers", [])}
             extra = [(k, v) for k, v in _HEADERS if k not in given]
             extra.append((b"x-request-id", self.visit.id.encode()))
+            if self.leaving() and b"connection" not in given:
+                extra.append((b"connection", b"close"))  # the next request goes elsewhere
             message = {**message, "headers": [*message.get("headers", []), *extra]}
         await self.inner(message)
 

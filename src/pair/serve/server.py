@@ -20,6 +20,7 @@ from pair.serve.problems import Problem
 HEADER_BYTES = 16 * 1024
 HEADER_SECONDS = 10.0
 KEEP_ALIVE = 15
+HEARING = 1.0  # seconds that the stop leaves to requests which are on their way
 
 
 class Protocol(H11Protocol):
@@ -97,6 +98,50 @@ class Server(uvicorn.Server):
         if self._exit_at is not None and time.monotonic() >= self._exit_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops listening, then hears out who is connected already.
+
+        uvicorn would close idle connections at once. A request that is just arriving on one, or on
+        a connection that the system has accepted and nobody here has looked at, would break off
+        without an answer. So the last connections are taken in, and all have ``HEARING`` seconds
+        to say something; what they ask is answered with ``Connection: close``.
+        """
+        self.service.leaving = True
+        last = _waiting(sockets or [])
+        for listening in self.servers:
+            listening.close()
+        for bound in sockets or []:
+            bound.close()
+        loop = asyncio.get_running_loop()
+        for connection in last:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        until = time.monotonic() + HEARING
+        while not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+            if not self.server_state.connections:
+                break
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def _waiting(sockets: list[socket.socket]) -> list[socket.socket]:
+    """Connections that nobody has accepted yet; closing a listening socket would reset them."""
+    found = []
+    for listening in sockets:
+        listening.setblocking(False)
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                break
+            connection.setblocking(False)
+            found.append(connection)
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:
