@@ -418,7 +418,7 @@ def test_the_average_is_what_is_saved_and_training_goes_on_from_the_weights(
         ({"clip_grad": -1.0}, "clip_grad must not be negative"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
     ],
 )
 def test_bad_loop_settings_are_refused(settings, message):

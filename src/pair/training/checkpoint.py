@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pair.training.precision import Precision
 from pair.training.shard import load_optimizer, load_weights, piece, whole
 
 LAST, LOG, CONFIG = "last.ckpt", "log.jsonl", "config.json"
@@ -35,6 +36,7 @@ def save(
     described: dict[str, Any],
     at: Progress,
     writes: bool = True,
+    precision: Precision | None = None,
 ) -> None:
     """Write the checkpoint; a kill at any moment leaves the old one or the new one.
 
@@ -48,6 +50,7 @@ def save(
         "module": whole(task.module.state_dict()),
         "optimizers": [whole(o.state_dict()) for o in optimizers],
         "ema": whole(shadow),
+        "scaler": precision.state() if precision is not None else {},
     }
     if not writes:
         return
@@ -77,6 +80,7 @@ def load(
     shadow: dict[str, Tensor] | None,
     described: dict[str, Any],
     configs: dict[str, Any],
+    precision: Precision | None = None,
 ) -> Progress:
     """Put the state of the last checkpoint in place; refuses one of another training."""
     path = out / LAST
@@ -101,6 +105,8 @@ def load(
     if shadow is not None:
         for key, value in state["ema"].items():
             shadow[key].copy_(piece(value, shadow[key]))
+    if precision is not None:
+        precision.load(state.get("scaler", {}))
     return Progress(state["step"], state["best"], state["seconds"])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pair.attacks.carriers import qr
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.hashing import HashNet
+from pair.training.precision import ascent
 
 Objective = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> scalar, minimised
 KINDS = ("noise", "qr", "pgd")
@@ -86,7 +87,7 @@ def craft(
         patch = patch.detach().requires_grad_()
         with torch.enable_grad():
             loss = objective(images * (1 - mask) + patch * mask)
-        (grad,) = torch.autograd.grad(loss, patch)
+        grad = ascent(loss, patch)
         patch = (patch - step * (1 - k / steps) * grad.sign()).clamp(0, 1)
     return (images * (1 - mask) + patch * mask).detach()
 

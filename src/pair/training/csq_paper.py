@@ -29,6 +29,7 @@ from pair.retrieval.hashing import (
 from pair.retrieval.metrics import mean_average_precision
 from pair.retrieval.scores import Hamming, SameLabel
 from pair.training.augment import crop_flip, resized_crop, to_float
+from pair.training.precision import precisely
 
 OPTIMISERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
 AUGMENTATIONS = ("random-crop", "resized-crop")
@@ -176,7 +177,7 @@ class CsqPaperTask:
         self._step = step
         images = self.draw(self.rows[rows], generator)
         u = self.module.image_features(images)
-        loss = csq_loss(u, self.targets[rows], self.config.quantisation)
+        loss = precisely(csq_loss, u, self.targets[rows], self.config.quantisation)
         right = (u.detach() > 0) == (self.targets[rows] > 0)
         return {"loss": loss, "bits": right.float().mean()}
 

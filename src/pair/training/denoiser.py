@@ -235,9 +235,10 @@ class ArnTask(_DenoiserTask):
     def _pixel_loss(self, critic, real: Tensor, fake: Tensor, generator) -> Tensor:
         gan = (F.softplus(-critic(real)) + F.softplus(critic(fake))).mean()
         mix = torch.rand(len(real), 1, 1, 1, generator=generator)
-        between = (mix * real + (1 - mix) * fake).requires_grad_()
-        (grad,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-        penalty = ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
+        between = (mix * real + (1 - mix) * fake).float().requires_grad_()
+        with torch.autocast(between.device.type, enabled=False):  # a gradient of a gradient
+            (grad,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+            penalty = ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
         return gan + self.PENALTY * penalty
 
 

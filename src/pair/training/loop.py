@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from pair import files
 from pair.training import checkpoint, parallel
 from pair.training.parallel import World
+from pair.training.precision import FORMATS, Precision
 from pair.training.shard import shard, whole
 from pair.training.track import tracker
 
 CHOICES = {
     "schedule": ("cosine", "constant"),
-    "precision": ("fp32", "bf16"),
+    "precision": tuple(FORMATS),
     "parallel": ("ddp", "fsdp"),
 }
 
@@ -49,7 +50,7 @@ class LoopConfig:
     ema: float = 0.0  # decay of the averaged weights that are validated and saved; 0 = off
     clip_grad: float = 1.0  # largest norm of the gradient; 0 = any
     parallel: str = "ddp"  # or "fsdp": several processes share the weights of one large model
-    precision: str = "fp32"  # or "bf16": autocast; twice as fast on GPUs and AVX512-BF16 CPUs
+    precision: str = "fp32"  # or "bf16", "fp16": autocast; fp16 (scaled gradients) for old GPUs
     seed: int = 0
     log_every: int = 50
     val_every: int = 1000
@@ -212,7 +213,8 @@ def _run(
     spread = {k: v for k, v in asdict(config).items() if k != "parallel"}
     described = {"loop": spread, "task": _plain(task.config), "inputs": inputs}
     configs = {"loop": LoopConfig(), "task": task.config}
-    at = checkpoint.load(out, task, optimizers, shadow, described, configs)
+    precision = Precision(config.precision, world.device)
+    at = checkpoint.load(out, task, optimizers, shadow, described, configs, precision)
     if not cut:
         parallel.check_equal(world, task.module)
     if world.first:
@@ -226,8 +228,8 @@ def _run(
     where = out / checkpoint.LOG if world.first else Path(os.devnull)
     with open(where, "a", buffering=1, encoding="utf-8") as log:  # flushed by line
         while at.step < config.steps:
-            losses = _step(task, config, optimizers, peaks, at.step, world)
-            if ema is not None:
+            losses, done = _step(task, config, optimizers, peaks, at.step, world, precision)
+            if ema is not None and done:
                 ema.update(task.module, at.step)
             at.step += 1
             last = at.step == config.steps
@@ -238,7 +240,7 @@ def _run(
                 rate = (at.step - first) * config.batch_size / seconds
                 figures = {
                     k: round(float(parallel.total(world, v.detach())), 5) for k, v in losses.items()
-                }
+                } | precision.figures()
                 record = {"step": at.step, **figures, "images_per_s": round(rate, 1)}
                 log.write(json.dumps(record) + "\n")
                 curves.log({**figures, "images_per_s": rate}, at.step)
@@ -269,7 +271,9 @@ def _run(
                         _with_weights(task, ema, write)
             if due[2] and (world.first or cut):
                 at.seconds = spent + time.perf_counter() - start
-                checkpoint.save(out, task, optimizers, shadow, described, at, world.first)
+                checkpoint.save(
+                    out, task, optimizers, shadow, described, at, world.first, precision
+                )
     curves.close()
     if world.first and at.best == -math.inf:
         raise ValueError("no validation gave a score, so no model was saved")
@@ -277,9 +281,16 @@ def _run(
 
 
 def _step(
-    task: Task, config: LoopConfig, optimizers, peaks, step: int, world: World
-) -> dict[str, Tensor]:
-    """One update of the weights; returns this process's share of the losses."""
+    task: Task,
+    config: LoopConfig,
+    optimizers,
+    peaks,
+    step: int,
+    world: World,
+    precision: Precision,
+) -> tuple[dict[str, Tensor], bool]:
+    """One update of the weights: this process's share of the losses, and whether there was an
+    update. A step that overflowed in fp16 changes no weight; photos and schedule go on."""
     rows = batch_rows(task.size(), config.batch_size, config.seed, step)
     slices = list(rows.tensor_split(config.accumulate))
     cut = _cut(config, world)
@@ -295,11 +306,11 @@ def _step(
     losses: dict[str, Tensor] = {}
     for i in mine:
         generator = slice_generator(config.seed, step, i)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with precision.autocast():
             found = task.loss(slices[i], generator, step)
         share = len(slices[i]) / len(rows)
         # Pieces of gradients are averaged on the way, ours are summed afterwards.
-        (share * found["loss"] * (world.size if cut else 1)).backward()
+        precision.scaled(share * found["loss"] * (world.size if cut else 1)).backward()
         for key, value in found.items():
             losses[key] = losses.get(key, 0) + share * value.detach()
     if not bool(torch.isfinite(parallel.total(world, losses["loss"]))):
@@ -307,15 +318,17 @@ def _step(
     if not cut:
         parallel.average_gradients(world, task.module.parameters())
         parallel.average_buffers(world, task.module)
-    if config.clip_grad:
+    done = precision.unscale(optimizers)
+    if config.clip_grad and done:
         nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
     factor = learning_rate(config, step)
     for optimizer, lrs in zip(optimizers, peaks, strict=True):
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr * factor
-        optimizer.step()
+        if done:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return losses
+    return losses, done
 
 
 def _validate(task: Task, ema: Ema | None) -> dict[str, float]:

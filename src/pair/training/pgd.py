@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pair.training.precision import ascent
+
 
 def perturb(
     images: Tensor,
@@ -22,14 +24,14 @@ def perturb(
     ``norm="l2"`` bounds the root mean square of the change of each image by ``bound``.
     ``step`` defaults to 2.5 * bound / steps. An image whose loss has no gradient left stays put.
     """
-    noise = torch.rand(images.shape, generator=generator) * 2 - 1
+    noise = torch.rand(images.shape, generator=generator).to(images) * 2 - 1
     delta = _project(noise * bound, bound, norm)
     step = 2.5 * bound / steps if step is None else step
     for _ in range(steps):
         delta = delta.detach().requires_grad_()
         with torch.enable_grad():
             value = loss((images + delta).clamp(0, 1))
-        (grad,) = torch.autograd.grad(value, delta)
+        grad = ascent(value, delta)
         rms = grad.square().mean((1, 2, 3), keepdim=True).sqrt()
         way = grad.sign() if norm == "linf" else grad / rms.clamp(min=1e-12)
         delta = _project(delta + step * way, bound, norm)

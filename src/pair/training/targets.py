@@ -19,6 +19,7 @@ from pair.retrieval.metrics import mean_average_precision, recall_at_k
 from pair.retrieval.resnet import ResNetConfig
 from pair.training.augment import blur, jitter, resized_crop, to_float
 from pair.training.loop import weight_groups
+from pair.training.precision import precisely
 
 NOTHING_HELD_OUT = "the pack holds no photos to validate on (Imagenette val or Caltech-101 gallery)"
 
@@ -224,7 +225,7 @@ class CsqTask:
     def loss(self, rows: Tensor, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         images, labels = self.data.draw(self.config, len(rows), generator, step)
         u = self.module.image_features(images)
-        loss = csq_loss(u, self.module.centres[labels])
+        loss = precisely(csq_loss, u, self.module.centres[labels])
         nearest = (u.tanh() @ self.module.centres.T).argmax(1)
         return {"loss": loss, "top1": (nearest == labels).float().mean()}
 
