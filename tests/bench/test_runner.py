@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pair.bench import runner
+from pair.bench import report, runner
 from pair.bench.store import Store
 
 from .conftest import bench_at
@@ -173,6 +173,11 @@ def test_other_kinds_run(tmp_path, name):
     bench = bench_at(name, tmp_path, steps=1, static_steps=1, hash_static=2, hash_steps=2)
     outcome = runner.run(bench, only="PAIR")
     assert outcome.done >= 2 and outcome.failed == []
+    lines = report.stamped(bench, "smoke")
+    checks = {c["name"] for x in lines for c in x["result"].get("checks", [])}
+    assert {"S8", "S11"} <= checks
+    notes = report.table_of(bench.scenario, lines).notes
+    assert any("proved for the attacked queries" in n for n in notes) == (name == "table2")
 
 
 def test_rungs_of_the_ladder(tmp_path):

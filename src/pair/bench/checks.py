@@ -14,7 +14,7 @@ from pair.attacks.objectives import Goal
 from pair.attacks.optimise import AttackResult
 from pair.attacks.patch import Patch
 from pair.attacks.sanity import Check
-from pair.attacks.wrappers import Adaptive, pipeline
+from pair.attacks.wrappers import EOT, Adaptive, pipeline
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.search import CertifiedSearch, Search
 from pair.purifier import Purifier
@@ -46,7 +46,8 @@ def checks_of(
     """S4, S5 and S8 to S12 of one finished attack (S6 needs the other attacks)."""
     world, unit = bench.text, cell.unit
     texts, queries = world.targets[unit], [world.queries[i] for i in world.rows(unit)]
-    images = world.ads[:PICTURES].to(bench.settings.device)
+    pictures = world.ads.to(bench.settings.device)
+    images = pictures[:PICTURES]
     seeds = seeds_of(bench, unit)
     late = notes["late_gain"]
     met = late is not None and late < 0.01
@@ -68,11 +69,24 @@ def checks_of(
             made, victim.features, images, goal, evaluation=search.features, start=start,
             directions=1, draws=DRAWS, seeds=seeds, captions=texts, queries=queries,
         )
-        if c.name not in ("S4", "S8")
+        if c.name not in ("S4", "S5", "S8")
     ]  # fmt: skip
+    # What a step averages: all pictures, each under masks of its own.
+    drawn = EOT(victim.features, search.samples(bench.settings_of(cell.row)))
+    for at, shown in (("step 0", start), ("final patch", patch)):
+        found.append(sanity.s5_agreement(_gradient(drawn, pictures, goal, shown), at))
     if victim.gradient != "bpda":  # a replaced gradient is not the slope, on purpose
         found.append(slope(search, goal, patch, images))
     return found
+
+
+def _gradient(features, images: Tensor, goal: Goal, patch: Patch):
+    def of(generator: torch.Generator) -> Tensor:
+        x = patch.content.clone().requires_grad_(True)
+        outputs = features(patch.apply(images, generator, content=x), generator=generator)
+        return torch.autograd.grad(goal(outputs).mean(), x)[0]
+
+    return of
 
 
 def slope(search: Search, goal: Goal, patch: Patch, images: Tensor) -> Check:
@@ -96,6 +110,38 @@ def slope(search: Search, goal: Goal, patch: Patch, images: Tensor) -> Check:
     return sanity.s4_finite_differences(
         loss, (0.05 + 0.9 * noise).double(), directions=DIRECTIONS, epsilon=STEP
     )
+
+
+def late_step(steps: int) -> int:
+    """The step after which S8 expects no more gain."""
+    return max(1, round(0.8 * steps))
+
+
+@torch.no_grad()
+def gain_of(
+    victim: Adaptive,
+    goal: Goal,
+    images: Tensor,
+    start: Patch,
+    result: AttackResult,
+    seed: int,
+    draws: int,
+) -> float | None:
+    """S8 where every step sees other masks or other photos, so that its losses are noise.
+
+    The patch before, at ``late_step`` and after its optimisation, on the same photos under the
+    same ``draws``: the share of the gain that came late. None if nothing was gained.
+    """
+    levels = []
+    for patch in (start, result.snapshots[late_step(len(result.losses) - 1)], result.patch):
+        found = []
+        for draw in range(draws):
+            random = torch.Generator().manual_seed(seed + 1 + draw)
+            shown = patch.to(images.device).apply(images, random)
+            found.append(goal(victim.features(shown, generator=random)).mean())
+        levels.append(float(torch.stack(found).mean()))
+    gain = levels[0] - levels[2]
+    return round((levels[1] - levels[2]) / gain, 5) if gain > 0 else None
 
 
 def plain(check: Check) -> dict[str, Any]:

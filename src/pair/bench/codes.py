@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,18 +11,24 @@ from torch import Tensor
 from pair.attacks import sanity
 from pair.attacks.advhash import AdvHashConfig, advhash
 from pair.attacks.carriers import pixels
-from pair.attacks.objectives import anchor_code
+from pair.attacks.objectives import Goal, TextGoal, anchor_code
 from pair.attacks.patch import Patch, Placement
 from pair.attacks.sanity import Check
+from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import Adaptive, as_features
+from pair.bench.checks import DRAWS, gain_of, late_step
 from pair.bench.grid import Bench, Cell, seed_of
+from pair.bench.masked import DoubleMasked
 from pair.bench.scenario import Row, Settings
-from pair.bench.search import BATCH, milliseconds
+from pair.bench.search import BATCH, HashSearch, milliseconds
 from pair.bench.store import key_of
-from pair.bench.text import settled, summary
+from pair.bench.text import covered, settled, summary
 from pair.images import quantise
 from pair.retrieval.metrics import average_precision
 from pair.retrieval.scores import Hamming, Rows
+
+SELECT = 8  # photos of the pool that choose among patches, never optimised on
+PHOTOS = 10  # on which an optimisation is asked whether it has levelled off
 
 
 def ends(unit: str) -> tuple[str, str]:
@@ -60,34 +66,47 @@ def place(row: Row, s: Settings) -> Placement:
     return Placement("fixed", top=corner, left=corner)
 
 
+def start_of(row: Row, s: Settings, generator: torch.Generator) -> Patch:
+    return Patch.make("noise", s.hash_size, s.image_size, place(row, s), generator=generator)
+
+
 def optimise(
-    bench: Bench, row: Row, victim: Adaptive, encoder: Any, unit: str, budget: int, eot: int,
-    facts: dict[str, Any],
+    bench: Bench, row: Row, victim: Adaptive, goal: Goal, unit: str,
+    config: AdvHashConfig | TTHConfig, facts: dict[str, Any], draws: int = 1,
 ) -> tuple[Patch, dict[str, Any]]:  # fmt: skip
-    """The AdvHash patch of a pair of classes as its PNG holds it."""
+    """The patch of a pair of classes as its PNG holds it: by AdvHash on so many photos of the
+    source, or by Adam on photos drawn anew for every step from all but those that select."""
     s = bench.settings_of(row)
-    source, target = ends(unit)
-    config = AdvHashConfig(
-        step=s.hash_step, iterations=100, budget=budget, size=s.hash_size, eot=eot
-    )
+    pool = _pool(bench, ends(unit)[0])
+    adam = isinstance(config, TTHConfig)
+    most = max(s.sources, len(pool) - SELECT) if adam else s.sources
     seed = seed_of("optimise", s.seed, unit)
     key = key_of({
-        **facts, "config": settled(config), "unit": unit, "seed": seed, "sources": s.sources,
+        **facts, "config": settled(config), "unit": unit, "seed": seed, "sources": most,
         "place": asdict(place(row, s)), "side": s.image_size, "data": bench.hash.digest,
     })  # fmt: skip
     with bench.store.lock(f"patch-{key}", wait=True):
         if (kept := bench.store.patch(key)) is not None:
             return kept, kept.notes
-        images = bench.hash.drawn(_pool(bench, source)[: s.sources]).to(s.device)
+        images = bench.hash.drawn(pool[:most]).to(s.device)
         generator = torch.Generator().manual_seed(seed)
-        patch = Patch.make("noise", s.hash_size, s.image_size, place(row, s), generator=generator)
-        result = advhash(
-            victim.features, images, _anchor(bench, encoder, target).to(s.device), config=config,
-            patch=patch, generator=generator, penalty=victim.penalty, progress=bench.progress,
-            checkpoint=bench.store.folder("locks") / f"{key}.state",
-        )  # fmt: skip
-        notes = {**summary(result), "unit": unit, "patch": key,
-                 "agreement": round(result.curves["agreement"][-1], 4)}  # fmt: skip
+        patch = start_of(row, s, generator)
+        shared: Any = {
+            "patch": patch, "generator": generator, "penalty": victim.penalty,
+            "progress": bench.progress, "checkpoint": bench.store.folder("locks") / f"{key}.state",
+        }  # fmt: skip
+        if isinstance(config, TTHConfig):
+            few = min(config.carriers or len(images), len(images))
+            own = replace(config, carriers=few, snapshots=(late_step(config.steps),))
+            result = tth(victim.features, images, goal, config=own, **shared)
+            gain = gain_of(victim, goal, images[:PHOTOS], patch, result, seed, draws)
+            notes = {**summary(result), "late_gain": gain}
+        else:
+            assert isinstance(goal, TextGoal)
+            code = goal.embedding.to(s.device)
+            result = advhash(victim.features, images, code, config=config, **shared)
+            notes = {**summary(result), "agreement": round(result.curves["agreement"][-1], 4)}
+        notes |= {"unit": unit, "patch": key}
         content = result.patch.content.cpu()
         kept = bench.store.keep_patch(key, result.patch.to("cpu").with_content(content, **notes))
         (bench.store.root / "locks" / f"{key}.state").unlink(missing_ok=True)
@@ -121,7 +140,39 @@ def static_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, An
     facts = {"what": "static hash",
              "models": bench.models.facts(row if hardened else Row("", "none"), True)}  # fmt: skip
     victim = Adaptive(as_features(encoder), 1, None, "exact")
-    return optimise(bench, row, victim, encoder, unit, s.hash_static, 1, facts)
+    goal = TextGoal(_anchor(bench, encoder, ends(unit)[1]))
+    return optimise(bench, row, victim, goal, unit, published(s, s.hash_static, 1), facts)
+
+
+def published(s: Settings, budget: int, eot: int) -> AdvHashConfig:
+    return AdvHashConfig(
+        step=s.hash_step, iterations=100, budget=budget, size=s.hash_size, eot=eot
+    )  # fmt: skip
+
+
+def adaptive_config(s: Settings, search: HashSearch) -> AdvHashConfig | TTHConfig:
+    """AdvHash itself, or Adam on the cosine to the same anchor; always that for the certified
+    mode, whose attacker has no single code to move."""
+    certified = isinstance(search, DoubleMasked)
+    if s.hash_optimiser == "sign" and not certified:
+        return published(s, s.hash_steps, search.samples(s))
+    return TTHConfig(
+        steps=s.member_steps if certified else s.hash_steps, lr=s.lr, schedule=s.schedule,
+        distortion=0.0, retry=False, eot=1 if certified else search.samples(s), start="noise",
+        size=s.hash_size, carriers=4 if certified else s.sources,
+    )  # fmt: skip
+
+
+def adaptive_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, Any]]:
+    """The patch that was made through the defense, by its strongest gradient."""
+    s, search = bench.settings_of(row), bench.hash_search(row)
+    anchor = _anchor(bench, search.encoder, ends(unit)[1]).to(s.device)
+    start = start_of(row, s, torch.Generator().manual_seed(0))
+    victim, goal = search.victim(anchor, covered(start, s.image_size))
+    facts = {"what": "adaptive hash", "models": bench.models.facts(row, True),
+             "row": [row.defense, row.options], "views": s.views}  # fmt: skip
+    draws = DRAWS if search.random else 1
+    return optimise(bench, row, victim, goal, unit, adaptive_config(s, search), facts, draws)
 
 
 def clean(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,12 +197,7 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     patches, details = {"transfer": transfer}, {"transfer": notes}
     checks: list[Check] = []
     if cell.mode == "adaptive":
-        victim = search.victim()
-        facts = {"what": "adaptive hash", "models": bench.models.facts(row, True),
-                 "row": [row.defense, row.options]}  # fmt: skip
-        best, notes = optimise(
-            bench, row, victim, search.encoder, unit, s.hash_steps, search.samples(s), facts
-        )
+        best, notes = adaptive_patch(bench, row, unit)
         patches, details = {"gradient": best, **patches}, {"gradient": notes, **details}
         if row.patches:
             patches["submitted"] = Patch.load(f"{row.patches}/{ends(unit)[0]}").fit(s.image_size)
@@ -168,7 +214,7 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     anchor = _anchor(bench, search.encoder, target)
     selection = {}
     if len(patches) > 1:
-        pool = world.drawn(_pool(bench, source)[-8:])  # never those optimised on
+        pool = world.drawn(_pool(bench, source)[-SELECT:])  # never those optimised on
         for name, patch in patches.items():
             seeds = [seed_of("select", s.seed, unit, d) for d in range(s.selection)]
             codes = [search.codes(quantise(patch.apply(pool)), seed) for seed in seeds]
@@ -190,7 +236,14 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         level = {n: _mean(a["irrelevant"]) for n, a in attacks.items() if n != "none"}
         others = {n: v for n, v in level.items() if n != "gradient"}
         checks.append(sanity.s6_strongest(level["gradient"], others, 0.02))
+    proof: dict[str, Any] = {}
+    if isinstance(search, DoubleMasked) and len(gallery) <= s.top:  # of AP over the whole gallery
+        rows = slice(0, len(at))
+        least, most = search.proved(images, gallery, own[rows], other[rows])
+        proof = {"proved": {"relevant": [round(float(v), 6) for v in least],
+                            "irrelevant": [round(float(v), 6) for v in most]}}  # fmt: skip
     result = {
+        **proof,
         "chosen": chosen,
         "selection": selection,
         "attacks": attacks,

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pair import __version__
 from pair.bench import sets
+from pair.bench.masked import hash_search
 from pair.bench.models import CERTIFIED, Models
 from pair.bench.scenario import Row, Scenario, Settings, changed, units
 from pair.bench.search import HashSearch, Search, search
 from pair.bench.store import Store, key_of
 from pair.bench.world import HashWorld, TextWorld, hash_world, text_world
 
-CODE = 1  # raised whenever a change of the benchmark or the attacks changes what is measured
+CODE = 2  # raised whenever a change of the benchmark or the attacks changes what is measured
 # Where the work is done, and which cells there are, does not change a cell's numbers.
 NEUTRAL = ("device", "data", "keywords", "pairs", "units", "classes")
 # Of these, what they lead to is part of a cell: photos and the SHA-256 of models.
@@ -92,7 +93,7 @@ class Bench:
         return self._kept("text", row, lambda: search(self.models, row))
 
     def hash_search(self, row: Row) -> HashSearch:
-        return self._kept("hash", row, lambda: HashSearch(self.models, row))
+        return self._kept("hash", row, lambda: hash_search(self.models, row))
 
     def _kept(self, kind: str, row: Row, make: Callable[[], Any]) -> Any:
         name = key_of({"kind": kind, "row": identity(row)})
@@ -128,7 +129,8 @@ class Bench:
         hashing, row = self.hashing(cell.row), identity(cell.row)
         if cell.mode == "clean":
             kind = "hash" if hashing else "text"
-            kept = (*CLEAN, "size", "views") if cell.row.defense == CERTIFIED else CLEAN
+            size = "hash_size" if hashing else "size"
+            kept = (*CLEAN, size, "views") if cell.row.defense == CERTIFIED else CLEAN
             settings = {k: v for k, v in settings.items() if k in kept}
         else:
             settings = {k: v for k, v in settings.items() if k not in NEUTRAL}

@@ -184,12 +184,15 @@ def _amount(bench: Bench, cell: Cell, shared: set[str]) -> tuple[int, int, int]:
     drawn = s.seeds
     if cell.mode == "clean":
         world_size = len(bench.hash.query_files) if hashing else len(bench.text.files)
-        return 0, 0, world_size * (s.views + 1 if row.defense == CERTIFIED else drawn)
+        views = s.views * (s.views + 1) // 2 if hashing else s.views + 1
+        return 0, 0, world_size * (views if row.defense == CERTIFIED else drawn)
     if bench.scenario.kind == "noise":
         return s.steps * s.ads * s.eot, 0, 2 * drawn * s.ads
     if bench.scenario.kind == "ladder":
         return _rung_amount(bench, cell)
-    steps, batch = (s.hash_steps, s.sources) if hashing else (s.steps, s.ads)
+    noisy = row.defense.startswith(("pair", "mae"))
+    text_steps = s.random_steps if noisy and s.random_steps else s.steps
+    steps, batch = (s.hash_steps, s.sources) if hashing else (text_steps, s.ads)
     static = (s.hash_static if hashing else s.static_steps) * batch
     place = f"{cell.unit} {row.attack}"
     if place in shared:
@@ -197,9 +200,11 @@ def _amount(bench: Bench, cell: Cell, shared: set[str]) -> tuple[int, int, int]:
     shared.add(place)
     if cell.mode != "adaptive":
         return 0, static, 2 * drawn * batch
+    if row.defense == CERTIFIED and hashing:
+        return s.member_steps * 4 * 3, static, s.member_steps * 4 * 3 * s.views
     if row.defense == CERTIFIED:
         return s.member_steps * batch * 2, static, s.member_steps * batch * (s.views + 1)
-    eot = s.eot if row.defense.startswith(("pair", "mae")) else 1
+    eot = s.eot if noisy else 1
     return steps * batch * eot, static, 5 * drawn * batch + 20 * batch
 
 
@@ -231,7 +236,7 @@ def _pace(bench: Bench, cell: Cell, paces: dict[str, float]) -> float:
         try:
             if hashing:
                 images = bench.hash.photos[:4]
-                features = bench.hash_search(row).victim().features
+                features = bench.hash_search(row).victim()[0].features
             else:
                 images, search = bench.text.ads[:4], bench.search(row)
                 target = search.target(next(iter(bench.text.targets.values())))

@@ -61,6 +61,7 @@ class Settings:
     hash_place: str = "centre"
     static_steps: int = 300  # against the undefended search, in the paper's own settings
     steps: int = 100  # against a defense
+    random_steps: int = 0  # against a random one, whose gradients are noise; 0 = steps
     eot: int = 1
     lr: float = 0.05
     schedule: str = "cosine"
@@ -69,6 +70,7 @@ class Settings:
     hash_static: int = 200
     hash_steps: int = 100
     hash_step: float = 4 / 255
+    hash_optimiser: str = "adam"  # of the adaptive attack; "sign" is AdvHash's own
     member_steps: int = 30  # against the views of the certified mode
     views: int = 9
     epsilon: float = 4 / 255

@@ -161,17 +161,16 @@ class HashSearch(Defended):
     """A search by photo behind a defense of its *queries*; the gallery's codes are trusted."""
 
     def __init__(self, models: Models, row: Row):
-        if row.defense == CERTIFIED:
-            raise ValueError("the certified mode of a hash search needs no attack: see "
-                             "'pair bench-certified'")  # fmt: skip
         super().__init__(models, row, models.csq(), True)
 
     @torch.no_grad()
     def codes(self, images: Tensor | Photos, seed: int) -> Tensor:
         """Codes (B, K) of +-1 of purified queries."""
         generator = torch.Generator().manual_seed(seed)
-        found = [binarise(self.features(c, generator)).cpu() for c in self._batches(images)]
-        return torch.cat(found)
+        return torch.cat([self._codes(c, generator).cpu() for c in self._batches(images)])
+
+    def _codes(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return binarise(self.features(images, generator))
 
     @torch.no_grad()
     def gallery(self, images: Tensor | Photos) -> Tensor:
@@ -179,8 +178,12 @@ class HashSearch(Defended):
         outputs = (self.encoder.encode_image(c) for c in self._batches(images))
         return torch.cat([binarise(o).cpu() for o in outputs])
 
-    def victim(self) -> Adaptive:
-        return adaptive(self.encoder, self.defense)
+    def victim(
+        self, anchor: Tensor | None = None, covered: Tensor | None = None
+    ) -> tuple[Adaptive, Goal]:
+        """What an adaptive attacker differentiates, and its goal: the code ``anchor`` (K,)."""
+        code = torch.ones(self.encoder.dim) if anchor is None else anchor
+        return adaptive(self.encoder, self.defense), TextGoal(code)
 
 
 def milliseconds(run: Callable[[Tensor, int], Tensor], images: Tensor, repeats: int = 3) -> float:

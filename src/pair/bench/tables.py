@@ -299,6 +299,8 @@ def _notes(scenario, lines, facts, failures, checks) -> list[str]:
     if checks:
         details = "; ".join(f"{label}: {', '.join(names)}" for label, names in checks.items())
         notes.append(f"† grey, a sanity check failed for some keyword ({details}).")
+    notes += [_proof(label, lines) for label in dict.fromkeys(x["label"] for x in lines
+              if x.get("result", {}).get("proved"))]  # fmt: skip
     if names := measured(lines):
         missing = [n for n in TITLES if n not in names]
         notes.append(
@@ -307,6 +309,20 @@ def _notes(scenario, lines, facts, failures, checks) -> list[str]:
         )
     notes += list(dict.fromkeys(failures))
     return notes
+
+
+def _proof(label: str, lines: list[Line]) -> str:
+    """What was proved about the queries of a row: from clean pictures, not by an attack."""
+    own = [x for x in lines if x["label"] == label and "proved" in x.get("result", {})]
+    found = {}
+    for name in ("irrelevant", "relevant"):
+        rows = [(v, x["unit"]) for x in own for v in x["result"]["proved"][name]]
+        found[name] = str(Value(*interval([v for v, _ in rows], [u for _, u in rows])))
+    return (
+        f"{label}: proved for the attacked queries, from their clean pictures and for every patch "
+        f"of that size at any place: irrelevant at most {found['irrelevant']}, relevant at least "
+        f"{found['relevant']}."
+    )
 
 
 # --- the ladder -------------------------------------------------------------------------------

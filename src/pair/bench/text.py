@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from pair.attacks.patch import Patch, Placement
 from pair.attacks.sanity import Check
 from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import Adaptive, as_features
-from pair.bench.checks import checks_of, plain, seeds_of
+from pair.bench.checks import DRAWS, checks_of, gain_of, late_step, plain, seeds_of
 from pair.bench.grid import Bench, Cell, seed_of
 from pair.bench.photos import whole
 from pair.bench.scenario import Row, Settings
@@ -82,7 +82,9 @@ def start_patch(attack: dict[str, Any], s: Settings, start: str, seed: int) -> P
 
 
 def adaptive_config(s: Settings, search: Search) -> TTHConfig:
-    steps = s.member_steps if isinstance(search, CertifiedSearch) else s.steps
+    steps = (s.random_steps or s.steps) if search.random else s.steps
+    if isinstance(search, CertifiedSearch):
+        steps = s.member_steps
     return TTHConfig(
         steps=steps, lr=s.lr, schedule=s.schedule, distortion=s.distortion, eot=search.samples(s),
         start=s.start, size=s.size, retry=False,
@@ -102,20 +104,29 @@ def optimise(
     config: TTHConfig,
     unit: str,
     facts: dict[str, Any],
+    draws: int = 0,
 ) -> tuple[Patch, dict[str, Any]]:
-    """The optimised patch as its PNG holds it; the same ``facts`` are never optimised twice."""
+    """The optimised patch as its PNG holds it; the same ``facts`` are never optimised twice.
+
+    With ``draws`` the record says how it levelled off on so many draws of its own (S8), not on
+    the losses of the steps, which are noise where the defense is random.
+    """
     s = bench.settings
     seed = seed_of("optimise", s.seed, unit)
     key = key_of({**facts, "config": settled(config), "unit": unit, "seed": seed})
     with bench.store.lock(f"patch-{key}", wait=True):
         if (kept := bench.store.patch(key)) is not None:
             return kept, kept.notes
+        pictures = bench.text.ads.to(s.device)
+        own = replace(config, snapshots=(late_step(config.steps),)) if draws else config
         result = tth(
-            victim.features, bench.text.ads.to(s.device), goal, config=config, patch=patch,
+            victim.features, pictures, goal, config=own, patch=patch,
             generator=torch.Generator().manual_seed(seed), penalty=victim.penalty,
             checkpoint=bench.store.folder("locks") / f"{key}.state", progress=bench.progress,
         )  # fmt: skip
         notes = {**summary(result), "unit": unit, "patch": key}
+        if draws:
+            notes["late_gain"] = gain_of(victim, goal, pictures, patch, result, seed, draws)
         made = result.patch.to("cpu").with_content(result.patch.content.cpu(), **notes)
         kept = bench.store.keep_patch(key, made)
         (bench.store.root / "locks" / f"{key}.state").unlink(missing_ok=True)
@@ -148,7 +159,8 @@ def adaptive_patch(
              "row": [row.defense, row.options], "views": s.views,
              **_patch_facts(bench, row, s)}  # fmt: skip
     config = adaptive_config(s, search)
-    kept, notes = optimise(bench, victim, goal, start, config, unit, facts)
+    draws = DRAWS if search.random else 0
+    kept, notes = optimise(bench, victim, goal, start, config, unit, facts, draws)
     return kept, notes, (start, victim, goal)
 
 
