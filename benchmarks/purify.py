@@ -5,7 +5,9 @@
 Images per second of both passes, for each geometry and batch size:
 
 * torch: the purifier as it comes, exact masks; and with Bernoulli masks;
-* openvino, int8: its other backend, where installed;
+* compile: the purifier under ``torch.compile``, where a C++ compiler is installed;
+* bf16: torch in half precision, for processors that know it;
+* openvino, openvino bf16, int8: its other backend, where installed;
 * transformers: two passes of its ViTMAE with the same weights and the same exact masks;
 * zero tokens: the purifier with hidden tokens fed as black ones, as the paper's text has it;
 * naive: the same, one image at a time, whole passes, plain kernels.
@@ -24,10 +26,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +51,11 @@ GEOMETRIES = {
     "base": BASE,
     "large": LARGE,
 }
-LABELS = ("torch", "bernoulli", "openvino", "int8", "transformers", "zero tokens", "naive")
+LABELS = (
+    "torch", "compile", "bernoulli", "bf16", "openvino", "openvino bf16", "int8",
+    "transformers", "zero tokens", "naive",
+)  # fmt: skip
+EXACT = ("torch", "compile", "openvino", "transformers")  # return the same pictures
 Run = Callable[[], torch.Tensor]
 
 
@@ -114,12 +122,19 @@ def forms(theirs, generator, images, wanted: list[str], int8: bool) -> dict[str,
         "zero tokens": lambda: zero(images, mask=mask),
         "naive": one_by_one,
     }
-    if "openvino" in wanted:
-        engine = Purifier(generator, exact, backend="openvino").eval()
-        runs["openvino"] = lambda: engine(images, mask=mask)
-    if "int8" in wanted and int8:
-        eight = Purifier(generator, exact, precision="int8").eval()
-        runs["int8"] = lambda: eight(images, mask=mask)
+    if "compile" in wanted:
+        compiled = torch.compile(plain)
+        runs["compile"] = lambda: compiled(images, mask=mask)
+    settings = {
+        "bf16": ("torch", "bf16"),
+        "openvino": ("openvino", "fp32"),
+        "openvino bf16": ("openvino", "bf16"),
+        "int8": ("openvino", "int8"),
+    }
+    for name, (backend, precision) in settings.items():
+        if name in wanted and (int8 or precision != "int8"):
+            engine = Purifier(generator, exact, backend=backend, precision=precision).eval()
+            runs[name] = partial(engine, images, mask=mask)
     if theirs is not None:
         runs["transformers"] = lambda: two_passes(theirs, config, images, mask)
     return {name: runs[name] for name in LABELS if name in runs and name in wanted}
@@ -146,7 +161,7 @@ def measure(name, theirs, generator, batch, wanted, rounds, clock, int8) -> dict
     config = generator.config
     images = torch.rand(batch, 3, config.image_size, config.image_size)
     runs = forms(theirs, generator, images, wanted, int8)
-    same = {k: run() for k, run in runs.items() if k in ("torch", "openvino", "transformers")}
+    same = {k: run() for k, run in runs.items() if k in EXACT}
     product, gflop = multiplication()
     times = take_turns({**runs, "product": product}, rounds, clock)
     peak = gflop / min(times.pop("product"))
@@ -308,7 +323,8 @@ def main() -> None:
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     wanted = ["torch", *options.forms]
     have = versions()
-    wanted = [n for n in wanted if n != "openvino" or "openvino" in have]
+    wanted = [n for n in wanted if not n.startswith("openvino") or "openvino" in have]
+    wanted = [n for n in wanted if n != "compile" or shutil.which("c++")]
     cells, extra = [], None
     with tempfile.TemporaryDirectory() as cache, torch.inference_mode():
         os.environ.setdefault("PAIR_CACHE", cache)  # random weights are of no use later

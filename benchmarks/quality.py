@@ -1,6 +1,7 @@
-"""Does a faster purifier keep its quality? int8, or a distilled generator, against the one in fp32.
+"""Does a faster purifier keep its quality? bf16, int8, a distilled generator, against fp32.
 
     python benchmarks/quality.py --out results/int8.json
+    python benchmarks/quality.py --precision bf16 --backend openvino --out results/bf16.json
     python benchmarks/quality.py --model runs/distil/best --precision fp32 --out results/distil.json
 
 The demonstration's text search (its gallery, captions nobody trained with), purified twice under
@@ -155,18 +156,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference", default="pair-small", help="generator, in fp32")
     parser.add_argument("--model", help="generator to compare; default: the reference")
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="int8")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="int8")
+    parser.add_argument("--backend", choices=["auto", "torch", "openvino"], default="auto")
     parser.add_argument("--seeds", type=int, default=2, help="draws of masks")
     parser.add_argument("--patches", type=Path, default=Path("results/adaptive/patches"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.model is None and options.precision == "fp32":
-        parser.error("nothing to compare: give --model, or --precision int8")
+        parser.error("nothing to compare: give --model, or a --precision")
     torch.set_num_threads(options.threads)
     fp32 = Purifier.from_pretrained(options.reference).requires_grad_(False)
     model = options.model or options.reference
-    other = Purifier.from_pretrained(model, precision=options.precision).requires_grad_(False)
+    settings = {"backend": options.backend, "precision": options.precision}
+    other = Purifier.from_pretrained(model, **settings).requires_grad_(False)
     name = options.precision if options.model is None else "smaller"
     forms = {"fp32" if options.model is None else "teacher": fp32, name: other}
     with torch.no_grad():

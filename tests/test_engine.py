@@ -87,8 +87,9 @@ def test_inputs_name_every_token_once():
     ("settings", "message"),
     [
         ({"backend": "tpu"}, "backend must be one of auto, torch, openvino"),
-        ({"precision": "int4"}, "precision must be one of fp32, int8"),
+        ({"precision": "int4"}, "precision must be one of fp32, bf16, fp16, int8"),
         ({"backend": "torch", "precision": "int8"}, "int8 needs the backend 'openvino'"),
+        ({"backend": "openvino", "precision": "fp16"}, "fp16 needs the backend 'torch'"),
         ({"backend": "openvino", "passes": 1}, "two passes and encoder='drop'"),
         ({"precision": "int8", "encoder": "zero"}, "two passes and encoder='drop'"),
     ],
@@ -100,7 +101,9 @@ def test_bad_settings_are_refused_in_one_sentence(settings, message):
 
 def test_auto_is_torch_unless_int8_is_wanted():
     assert engine.choose("auto", "fp32") == engine.choose("torch", "fp32") == "torch"
+    assert engine.choose("auto", "bf16") == engine.choose("auto", "fp16") == "torch"
     assert engine.choose("auto", "int8") == engine.choose("openvino", "fp32") == "openvino"
+    assert engine.choose("openvino", "bf16") == "openvino"
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch):
@@ -191,6 +194,44 @@ def test_graphs_are_cached_and_damaged_ones_made_again(tmp_path, monkeypatch):
     third = Purifier(generator(), backend="openvino")(images, generator=seeded(0))
     assert torch.equal(first, third)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("torch", "bf16"), ("torch", "fp16"), ("openvino", "bf16")]
+)
+@torch.no_grad()
+def test_half_precision_is_close_and_hides_as_much(backend, precision):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    plain = Purifier(generator())
+    half = Purifier(generator(), backend=backend, precision=precision)
+    assert precision in half.extra_repr()  # a collection tells it from fp32
+    images = photos(4)
+    mask = plain.draw_mask(4, seeded(0))
+    wanted, got = plain(images, mask=mask), half(images, mask=mask)
+    assert got.dtype == torch.float32
+    error = float((got - wanted).abs().mean())
+    assert error < 0.02 * float(wanted.std())
+    if backend == "torch":
+        assert error > 0
+    # What no pass sees has no influence, as in fp32: pixels of the second half in the first pass.
+    shown = mask[:1]
+    tokens = patchify(images[:1], 8)
+    tokens[~shown] = 7.0
+    other = unpatchify(tokens, 8).clamp(0, 1)
+    assert torch.equal(half(other, mask=shown), half(images[:1], mask=shown))
+
+
+def test_half_precision_by_torch_has_gradients():
+    half = Purifier(generator(), precision="bf16")
+    images = photos(2).requires_grad_()
+    mask = half.draw_mask(2, seeded(0))
+    half(images, mask=mask).square().sum().backward()
+    slope = images.grad
+    images.grad = None
+    Purifier(generator())(images, mask=mask).square().sum().backward()
+    cosine = torch.nn.functional.cosine_similarity(slope.flatten(), images.grad.flatten(), dim=0)
+    assert float(cosine) > 0.99
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""OpenVINO behind a purifier: both passes as one compiled graph, in single precision or int8.
+"""OpenVINO behind a purifier: both passes as one compiled graph, in fp32, bf16 or int8.
 
 The graph (:mod:`pair.graph`) takes the masks as inputs, so one serves all masks and batch sizes;
 there is a second one for batches whose images have different numbers of visible tokens. Converting
@@ -33,7 +33,8 @@ from pair.images import load_batch
 from pair.masks import Bernoulli, MaskRule, rule_to_config
 
 BACKENDS = ("auto", "torch", "openvino")
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what torch multiplies in
 GRAPH = 1  # counts changes of the graph, so that older cached ones are not used
 CALIBRATION = 40  # photos of the package that an int8 graph is calibrated with
 
@@ -45,7 +46,9 @@ def choose(backend: str, precision: str) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if backend == "torch" and precision == "int8":
-        raise ValueError("int8 needs the backend 'openvino': torch computes in fp32")
+        raise ValueError("int8 needs the backend 'openvino': torch has fp32, bf16 and fp16")
+    if backend == "openvino" and precision == "fp16":
+        raise ValueError("fp16 needs the backend 'torch': OpenVINO has fp32, bf16 and int8")
     return "openvino" if backend == "openvino" or precision == "int8" else "torch"
 
 
@@ -96,7 +99,7 @@ class Engines:
             model = self._load(openvino, ragged)
             settings = {
                 # The CPU plugin would otherwise choose bf16 where the CPU knows it.
-                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": threads,
             }
@@ -132,7 +135,8 @@ class Engines:
             "model": self.generator.config.to_dict(),
             "ragged": ragged,
             "paste": self.paste,
-            "precision": self.precision,
+            # In bf16 the graph is that of fp32, compiled otherwise.
+            "precision": "int8" if self.precision == "int8" else "fp32",
         }
         if self.precision == "int8":
             facts["rule"] = rule_to_config(self.rule)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pair import hub
-from pair.engine import Engines, choose
+from pair.engine import HALF, Engines, choose
 from pair.generator import GeneratorConfig, MaskedAutoencoder, patchify
 from pair.images import check_images, resize
 from pair.masks import (
@@ -55,9 +55,10 @@ class Purifier(nn.Module):
     ``straight_through`` passes gradients through the final clamp, for attacks; the values are
     the same (:meth:`differentiable` makes such a twin).
 
-    ``backend="openvino"`` computes on the CPU by OpenVINO, with ``precision="int8"`` in 8 bits
-    (:mod:`pair.engine`); the default is torch. Gradients, and :meth:`steps`, always come from
-    torch in the precision of the weights; images that ask for gradients are refused in int8.
+    ``backend="openvino"`` computes on the CPU by OpenVINO (:mod:`pair.engine`); the default is
+    torch. ``precision`` is "fp32", "bf16" (both backends; fast where the processor knows it),
+    "fp16" (torch, for GPUs) or "int8" (OpenVINO). Gradients, and :meth:`steps`, always come from
+    torch; images that ask for gradients are refused by OpenVINO in less than fp32.
 
     Raises ``ValueError`` on anything that is not (B, 3, H, W) floats in [0, 1].
     """
@@ -106,7 +107,8 @@ class Purifier(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.rule}, passes={self.passes}, encoder={self.encoder}, output={self.output}"
-        return text if self.engines is None else f"{text}, {self.backend} {self.precision}"
+        exact = self.engines is None and self.precision == "fp32"
+        return text if exact else f"{text}, {self.backend} {self.precision}"
 
     def differentiable(self) -> Purifier:
         """The same purifier for an attacker: shared weights, and the clamp passes gradients."""
@@ -200,7 +202,13 @@ class Purifier(nn.Module):
             if not (tokens.requires_grad and torch.is_grad_enabled()):
                 return [self.engines(tokens, mask)]
             if self.precision != "fp32":
-                raise ValueError("int8 has no gradients: use the backend 'torch'")
+                raise ValueError(f"{self.precision} has no gradients: use the backend 'torch'")
+        if self.engines is None and self.precision in HALF:
+            with torch.autocast(tokens.device.type, HALF[self.precision]):
+                return self._both_passes(tokens, mask, both)
+        return self._both_passes(tokens, mask, both)
+
+    def _both_passes(self, tokens: Tensor, mask: Tensor, both: bool) -> list[Tensor]:
         model = self.autoencoder
         seen = Selection.of(mask)
         states = model.states(seen.take(tokens), seen, self.encoder)

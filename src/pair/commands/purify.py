@@ -46,7 +46,7 @@ def purify(
         str, typer.Option(help="torch or openvino; auto is torch unless --precision int8.")
     ] = "auto",
     precision: Annotated[
-        str, typer.Option(help="fp32, or int8 (openvino: faster, nearly the same pictures).")
+        str, typer.Option(help="fp32; faster and nearly the same: bf16, fp16, int8 (openvino).")
     ] = "fp32",
 ) -> None:
     """Purify photos. Stop it at any time; the same command continues where it was.
