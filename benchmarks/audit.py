@@ -2,149 +2,198 @@
 
     python benchmarks/audit.py --out results/audit.json
 
-Text search on the embedded photos with the models that ship. Per keyword, three universal patches
-(0.35 of the side, top right, ten advertisements):
+Text search on the embedded photos with the models that ship. For each keyword, universal patches
+(0.35 of the side, top right) on ten advertisements by attackers who know more and more:
 
-* ``does not know``: TTH against the undefended encoder;
+* ``no patch``: the advertisements as they are, to see what they do by themselves;
+* ``does not know``: optimised against the undefended encoder;
 * ``knows PAIR``: optimised through the purifier with fresh masks (EOT-1);
-* ``knows the audit``: the same, and pays for exceeding the thresholds of ``drop`` and ``shift``.
-  ``drop`` is bounded from below by what the windows over the patch show, which no patch can
-  change, so the attacker's only way is to lift the undefended score less.
+* ``knows the audit``: aims at the undefended search, and pays for exceeding what raises an alarm;
+* ``knows PAIR and the audit``: the same, aimed at the search among purified pictures.
 
-The patched advertisements are audited among the gallery; thresholds come from the query photos.
-Counted are the share of advertisements in the top 10, before and after purification, and of these
-the ones without an alarm; AUROC and recall against the clean photos of the gallery.
+The last two know the bank of queries, the windows and the alarm thresholds of ``drop``, ``shift``
+and ``spread``. What the windows over the patch leave of a score no patch can change, so the only
+way under ``drop`` is to lift the undefended score less (Theorem 10).
+
+The pictures go through :func:`pair.guard.audit_run.audit` as files, in a gallery of clean photos;
+thresholds come from other clean photos. The same command continues where it was stopped: findings
+lie in ``--work``, finished attacks in ``--out``. Gradients are computed in bfloat16, everything
+that is reported in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pair import __version__
-from pair.attacks import TTHConfig, pipeline, tth
+from pair.attacks import TextGoal, TTHConfig, pipeline, tth
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.files import write_atomic
 from pair.guard import conformal
 from pair.guard.audit import STATISTICS, Auditor, Finding
+from pair.guard.audit_run import audit
 from pair.guard.models import Models
-from pair.images import load_batch, quantise
+from pair.images import decode, save_image, shrink
 
-SIZE, ADS, SHARE, BUDGET, PENALTY = 112, 10, 0.35, 0.01, 20.0
-ADAM = {"distortion": 0.0, "lr": 0.05, "schedule": "constant", "retry": False, "start": "grey"}
+SIZE, SHARE, BUDGET, SEED = 112, 0.35, 0.01, 7
+PENALTY, MARGIN = 20.0, 0.9  # the audit's attackers stay below this share of every threshold
+KINDS = ("no patch", "does not know", "knows PAIR", "knows the audit", "knows PAIR and the audit")
+ADAM = TTHConfig(distortion=0.0, lr=0.03, schedule="cosine", retry=False, start="grey",
+                 precision="bf16")  # fmt: skip
 
 
 class Bench:
-    def __init__(self, gallery: int, clean: int, draws: int):
+    """Everything that all keywords share: models, clean findings, advertisements."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
         self.models = Models.load("clip-small", None, "pair-small")
         bank = sentences(embedded.labels(), HELD_OUT_TEMPLATES[1:2])
-        self.auditor = Auditor(self.models, bank, draws=draws, patch=SHARE)
-        photos = embedded.gallery()  # every second one is searched, the others are set aside
-        aside = [*embedded.queries(), *photos[1::2]][:clean]
-        self.gallery = self.examine(load_batch([p for p, _ in photos[::2][:gallery]], SIZE), 0)
-        self.clean = self.examine(load_batch([p for p, _ in aside], SIZE), 1)
-        self.ads = load_batch([p for p, _ in embedded.ads()[:ADS]], SIZE)
-        self.auditor.compare([*self.gallery, *self.clean], self.gallery)
+        self.auditor = Auditor(self.models, bank, draws=args.draws, patch=SHARE)
+        photos = [path for path, _ in embedded.gallery()]  # every second one is searched
+        aside = [*(path for path, _ in embedded.queries()), *photos[1::2]]
+        clean = audit(photos[::2][: args.gallery], self.auditor, args.work / "clean", seed=SEED,
+                      clean=aside[: args.clean], progress=self._progress)  # fmt: skip
+        self.gallery, self.clean = clean.findings, clean.clean
         share = max(BUDGET / len(STATISTICS), 1.01 / (len(self.clean) + 1))
         values = {s: [f.statistics[s] for f in self.clean] for s in STATISTICS}
         self.bars = {s: conformal.threshold(values[s], share) for s in STATISTICS}
+        files = [path for path, _ in embedded.ads()[: args.ads]]
+        self.ads = torch.stack([shrink(decode(path), SIZE) for path in files])
 
-    def examine(self, images: torch.Tensor, part: int) -> list[Finding]:
-        found: list[Finding] = []
-        for start in range(0, len(images), 8):
-            x = images[start : start + 8]
-            seeds = [10**6 * part + 100 * (start + i) for i in range(len(x))]
-            found += self.auditor.examine(x, [f"{part}/{start + i}" for i in range(len(x))],
-                                          seeds=seeds)  # fmt: skip
-            print(f"examined {start + len(x)} of {len(images)}", end="\r", flush=True)
-        return found
+    @staticmethod
+    def _progress(count: int) -> None:
+        print(f"  examined {count}", end="\r", file=sys.stderr, flush=True)
 
-    def attack(self, keyword: str, kind: str, steps: int) -> torch.Tensor:
-        encoder, purifier = self.models.encoder, self.models.purifier
-        with torch.no_grad():
-            target = encoder.encode_text(sentences([keyword], TRAIN_TEMPLATES)).mean(0)
-        generator = torch.Generator().manual_seed(1)
-        if kind == "does not know":
-            result = tth(
-                encoder, self.ads, target, config=TTHConfig(steps=steps), generator=generator
-            )
-            return quantise(result.patch.apply(self.ads))
-        penalty = self.penalty(target) if kind == "knows the audit" else None
-        purifier.straight_through = True
-        result = tth(
-            pipeline(encoder, purifier), self.ads, target,
-            config=TTHConfig(**{**ADAM, "steps": steps}), generator=generator, penalty=penalty,
-        )  # fmt: skip
-        purifier.straight_through = False
-        return quantise(result.patch.apply(self.ads))
+    def run(self, keyword: str, kind: str) -> dict:
+        """Attack, audit and search; the record of one attacker."""
+        began = time.process_time()
+        folder = self.args.work / f"{keyword} {kind}".replace(" ", "-")
+        loss = self.attack(keyword, kind, folder / "pictures")
+        found = audit([folder / "pictures"], self.auditor, folder / "audit", seed=SEED).findings
+        found.sort(key=lambda f: f.uri)
+        record = {"keyword": keyword, "attack": kind, "loss": loss, **self.score(found, keyword)}
+        return {**record, "processor seconds": round(time.process_time() - began)}
 
-    def penalty(self, target: torch.Tensor):
-        encoder, purifier = self.models.encoder, self.models.purifier
-        text = F.normalize(target, dim=0)
-        side = round(SHARE * SIZE)
-        with torch.no_grad():  # views that hide the whole patch: the same for every content
-            cover = self.auditor.views.cover
-            hides = [i for i, (x0, y0, x1, y1) in enumerate(cover.boxes())
-                     if x0 <= SIZE - side and y0 <= 0 and x1 >= SIZE and y1 >= side]  # fmt: skip
-            views = self.auditor.views.embed(encoder, self.ads).masked[:, hides]
-            floor = (views @ text).amin(1)  # (B,)
+    def attack(self, keyword: str, kind: str, folder: Path) -> list[float] | None:
+        """Patched advertisements as files in ``folder``; the first and the last loss."""
+        losses, pictures = None, self.ads
+        if kind != "no patch":
+            encoder, purifier = self.models.encoder, self.models.purifier.differentiable()
+            with torch.no_grad():
+                target = encoder.encode_text(sentences([keyword], TRAIN_TEMPLATES)).mean(0)
+            steps = self.args.steps[KINDS.index(kind) - 1]
+            features, goal = encoder, TextGoal(target)
+            if kind == "knows PAIR":
+                features = pipeline(encoder, purifier)
+            elif kind != "does not know":
+                features = Seen(encoder, purifier)
+                goal = Quiet(self, target, purified=kind == KINDS[-1])
+            result = tth(features, self.ads, goal, config=replace(ADAM, steps=steps),
+                         generator=torch.Generator().manual_seed(1),
+                         progress=lambda step, total, loss: print(
+                             f"  {keyword}, {kind}: step {step} of {total}, loss {loss:.3f}   ",
+                             end="\r", file=sys.stderr, flush=True))  # fmt: skip
+            losses = [round(result.losses[0], 4), round(result.losses[-1], 4)]
+            pictures = result.patch.apply(self.ads)
+        made = folder.with_name("pictures.partial")
+        for old in (made, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        made.mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            save_image(made / f"{number:03}.png", picture)
+        os.replace(made, folder)
+        return losses
 
-        def value(images: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-            plain = F.normalize(encoder.encode_image(images), dim=1)
-            clean = F.normalize(encoder.encode_image(purifier(images)), dim=1)
-            drop = plain @ text - floor - self.bars["drop"]
-            shift = 1 - (plain * clean).sum(1) - self.bars["shift"]
-            return PENALTY * (drop.clamp(min=0) + shift.clamp(min=0)).mean()
-
-        return value
-
-    def score(self, images: torch.Tensor, keyword: str, part: int) -> dict:
-        found = self.examine(images, part)
+    def score(self, found: list[Finding], keyword: str) -> dict:
         everything = [*self.gallery, *found]
         self.auditor.compare([*everything, *self.clean], everything)
         self.auditor.judge(everything, self.clean, BUDGET)
-        texts = sentences([keyword], HELD_OUT_TEMPLATES)
-        queries = self.models.text(texts)
+        queries = self.models.text(sentences([keyword], HELD_OUT_TEMPLATES))
         hits = {}
-        for kind in ("plain", "clean"):
+        for label, kind in (("no defense", "plain"), ("PAIR", "clean")):
             rows = np.stack([getattr(f, kind) for f in everything])
             top = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
-            hits[kind] = np.array(
+            hits[label] = np.array(
                 [[len(self.gallery) + i in t for i in range(len(found))] for t in top]
             )
-        out: dict = {
-            "top10_before": float(hits["plain"].mean()),
-            "top10_after": float(hits["clean"].mean()),
-            "auroc": {}, "recall": {},
-        }  # fmt: skip
-        names = [*STATISTICS, "focus", "combined"]
-        for name in names:
+        alarm = np.array([f.alarm for f in found])
+        auc, recall = {}, {}
+        for name in (*STATISTICS, "focus", "combined"):
             bad, good = ([value_of(f, name) for f in part] for part in (found, self.gallery))
-            out["auroc"][name] = auroc(bad, good)
+            auc[name] = auroc(bad, good)
             if name == "combined":
-                caught = [f.alarm for f in found]
+                recall[name] = float(alarm.mean())
             else:
                 bar = conformal.threshold([f.statistics[name] for f in self.clean], BUDGET)
-                caught = [b > bar for b in bad]
-            out["recall"][name] = float(np.mean(caught))
-            if name in ("drop", "combined"):
-                for kind, label in (("plain", "before"), ("clean", "after")):
-                    silent = hits[kind] & ~np.array(caught)[None]
-                    out[f"top10_{label}_unnoticed_by_{name}"] = float(silent.mean())
-        out["one_window"] = float(np.mean([f.one_window for f in found]))
-        out["false_alarms"] = {
-            "combined": float(np.mean([f.alarm for f in self.gallery])),
-            "one_window": float(np.mean([f.one_window for f in self.gallery])),
-        }
-        return out
+                recall[name] = float(np.mean([b > bar for b in bad]))
+        return {
+            "any": {k: float(h.any(1).mean()) for k, h in hits.items()},
+            "share": {k: float(h.mean()) for k, h in hits.items()},
+            "unnoticed any": {k: float((h & ~alarm).any(1).mean()) for k, h in hits.items()},
+            "unnoticed share": {k: float((h & ~alarm).mean()) for k, h in hits.items()},
+            "auroc": auc, "recall": recall,
+            "one window": float(np.mean([f.one_window for f in found])),
+            "false alarms": {
+                "combined": float(np.mean([f.alarm for f in self.gallery])),
+                "one window": float(np.mean([f.one_window for f in self.gallery])),
+            },
+            "mean statistics": {
+                s: float(np.mean([f.statistics[s] for f in found])) for s in STATISTICS
+            },
+        }  # fmt: skip
+
+
+class Seen:
+    """What an audit looks at: (B, 3 D), the unit features of a picture and of two draws of it."""
+
+    def __init__(self, encoder, purifier):
+        self.encoder, self.purifier = encoder, purifier
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        count = len(images)
+        drawn = self.purifier.draws(images, 2, generator=generator).flatten(0, 1)
+        z = F.normalize(self.encoder.encode_image(torch.cat([images, drawn])).float(), dim=1)
+        return torch.cat(z.split(count), 1)
+
+
+class Quiet:
+    """1 - cos to the keyword, plus what would raise an alarm."""
+
+    def __init__(self, bench: Bench, target: Tensor, purified: bool):
+        self.target, self.purified = F.normalize(target, dim=0), purified
+        self.bars = {name: MARGIN * bar for name, bar in bench.bars.items()}
+        self.queries = bench.auditor.queries
+        side = round(SHARE * SIZE)
+        with torch.no_grad():  # views that hide the whole patch: the same for every content
+            boxes = bench.auditor.views.cover.boxes()
+            hides = [i for i, (x0, y0, x1, y1) in enumerate(boxes)
+                     if x0 <= SIZE - side and y0 <= 0 and x1 >= SIZE and y1 >= side]  # fmt: skip
+            views = bench.auditor.views.embed(bench.models.encoder, bench.ads).masked[:, hides]
+            self.floor = (views @ self.queries.T).amin(1)  # (B, Q)
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        plain, one, two = outputs.chunk(3, 1)
+        clean = F.normalize(one + two, dim=1)
+        aim = (one + two) / 2 if self.purified else plain
+        drop = (plain @ self.queries.T - self.floor).amax(1) - self.bars["drop"]
+        shift = 1 - (plain * clean).sum(1) - self.bars["shift"]
+        spread = 1 - (one * two).sum(1) - self.bars["spread"]
+        excess = drop.clamp(min=0) + shift.clamp(min=0) + spread.clamp(min=0)
+        return 1 - aim @ self.target + PENALTY * excess
 
 
 def value_of(finding: Finding, name: str) -> float:
@@ -157,71 +206,105 @@ def auroc(bad: list[float], good: list[float]) -> float:
     return float((b > g).mean() + (b == g).mean() / 2)
 
 
-def table(records: list[dict]) -> list[list]:
-    rows = []
-    for kind in dict.fromkeys(r["attack"] for r in records):
-        mine = [r for r in records if r["attack"] == kind]
+def report(records: list[dict], bench: Bench, facts: dict) -> dict:
+    keywords = list(dict.fromkeys(r["keyword"] for r in records))
 
-        def mean(*path: str, mine: list[dict] = mine) -> float:
-            values = []
-            for r in mine:
-                value = r
+    def mean(kind: str, *path: str) -> float:
+        values = []
+        for record in records:
+            if record["attack"] == kind:
+                value = record
                 for key in path:
                     value = value[key]
                 values.append(value)
-            return 100 * float(np.mean(values))
+        return 100 * float(np.mean(values))
 
-        rows.append([
-            kind, mean("top10_before"), mean("top10_after"),
-            *[f"{mean('auroc', s):.1f} / {mean('recall', s):.1f}"
-              for s in (*STATISTICS, "combined")],
-            mean("top10_before_unnoticed_by_combined"), mean("top10_after_unnoticed_by_combined"),
-        ])  # fmt: skip
-    return rows
+    def both(kind: str, *path: str) -> str:
+        return f"{mean(kind, f'{path[0]} any', path[1]):.0f} / " \
+               f"{mean(kind, f'{path[0]} share', path[1]):.1f}"  # fmt: skip
+
+    done = [kind for kind in KINDS if any(r["attack"] == kind for r in records)]
+    found, searches = [], ("no defense", "PAIR")
+    for kind in done:
+        cells = [f"{mean(kind, 'auroc', s):.0f} / {mean(kind, 'recall', s):.0f}"
+                 for s in (*STATISTICS, "combined")]  # fmt: skip
+        found.append([kind, *cells, f"{mean(kind, 'one window'):.0f}"])
+    evaded = [
+        [kind,
+         *[f"{mean(kind, 'any', s):.0f} / {mean(kind, 'share', s):.1f}" for s in searches],
+         *[both(kind, "unnoticed", s) for s in searches]]
+        for kind in done
+    ]  # fmt: skip
+    alarms, hangs = (
+        mean(done[0], "false alarms", "combined"),
+        mean(done[0], "false alarms", "one window"),
+    )
+    return {
+        "columns": ["attacker", *[f"{s}, %" for s in (*STATISTICS, "combined")], "one window, %"],
+        "rows": found,
+        "note": (
+            f"AUROC / recall at a false-alarm budget of {100 * BUDGET:.0f} %. "
+            f"Keywords {', '.join(keywords)}; {len(bench.ads)} advertisements each, in a gallery "
+            f"of {len(bench.gallery)} clean photos; thresholds from {len(bench.clean)} others; "
+            f"{bench.args.draws} draws. Combined: the four share the budget; it raised alarms on "
+            f"{alarms:.1f} % of the clean photos, and {hangs:.1f} % of them are hits that hang on "
+            "one window."
+        ),
+        "tables": {
+            "evaded": {
+                "columns": ["attacker", *[f"{s}: any / share, %" for s in searches],
+                            *[f"{s}, without an alarm: any / share, %" for s in searches]],
+                "rows": evaded,
+                "note": (
+                    "Any: lists of ten with at least one of the advertisements; share: how many "
+                    "of the ten advertisements are in a list. Five held-out queries a keyword."
+                ),
+            }
+        },
+        "facts": facts,
+        "records": records,
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--keywords", default="laptop,sunflower,stop sign,grand piano,watch")
+    parser.add_argument("--keywords", default="laptop,sunflower,umbrella,revolver")
+    parser.add_argument("--ads", type=int, default=10)
     parser.add_argument("--gallery", type=int, default=368, help="clean photos in the gallery")
-    parser.add_argument("--clean", type=int, default=736, help="clean photos for the thresholds")
+    parser.add_argument("--clean", type=int, default=440, help="clean photos for the thresholds")
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs=3, default=(300, 200, 200))
+    parser.add_argument("--steps", type=int, nargs=4, default=(150, 150, 150, 150),
+                        help="of each attacker")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("runs/audit"))
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    keywords = [k for k in arguments.keywords.split(",") if k in embedded.labels()]
-    bench, records = Bench(arguments.gallery, arguments.clean, arguments.draws), []
-    part = 2
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keywords = args.keywords.split(",")
+    if unknown := set(keywords) - set(embedded.labels()):
+        raise SystemExit(f"there are no photos of {', '.join(sorted(unknown))}")
+    bench, records = Bench(args), []
+    facts = {
+        "version": __version__, "torch": torch.__version__, "threads": args.threads,
+        "models": bench.auditor.settings["models"], "views": len(bench.auditor.views.cover),
+        "patch": SHARE, "ads": args.ads, "gallery": args.gallery, "clean": args.clean,
+        "draws": args.draws, "steps": dict(zip(KINDS[1:], args.steps, strict=True)),
+        "attack": "Adam, lr 0.03 falling by a cosine, no distortion, bf16 gradients",
+        "penalty": PENALTY, "margin": MARGIN, "thresholds": bench.bars,
+    }  # fmt: skip
+    if args.out.is_file():
+        earlier = json.loads(args.out.read_text())
+        if earlier["facts"] != json.loads(json.dumps(facts)):
+            raise SystemExit(f"{args.out} is of other settings or models: delete it")
+        records = earlier["records"]
     for keyword in keywords:
-        kinds = ("does not know", "knows PAIR", "knows the audit")
-        for kind, steps in zip(kinds, arguments.steps, strict=True):
-            began = time.time()
-            images = bench.attack(keyword, kind, steps)
-            record = {"attack": kind, "keyword": keyword, "steps": steps,
-                      **bench.score(images, keyword, part)}  # fmt: skip
-            record["seconds"] = round(time.time() - began)
-            records.append(record)
-            part += 1
-            print(json.dumps(record), flush=True)
-    alarms = 100 * float(np.mean([r["false_alarms"]["combined"] for r in records]))
-    hangs = 100 * float(np.mean([r["false_alarms"]["one_window"] for r in records]))
-    columns = ["attacker", "in top 10, no defense, %", "in top 10, PAIR, %"]
-    columns += [f"{s}: AUROC / recall, %" for s in (*STATISTICS, "combined")]
-    columns += ["in top 10 and unnoticed, no defense, %", "in top 10 and unnoticed, PAIR, %"]
-    note = (
-        f"Keywords {', '.join(keywords)}; {ADS} advertisements each; {len(bench.gallery)} clean "
-        f"photos in the gallery, {len(bench.clean)} for the thresholds; {arguments.draws} draws. "
-        f"Recall at a false-alarm budget of {100 * BUDGET:.0f} % (combined: four statistics share "
-        f"it; alarms on {alarms:.1f} % of the clean photos). {hangs:.1f} % of the clean photos are "
-        "hits that hang on one window."
-    )
-    facts = {"version": __version__, "steps": list(arguments.steps), "penalty": PENALTY}
-    result = {"columns": columns, "rows": table(records), "note": note, "facts": facts,
-              "records": records}  # fmt: skip
-    write_atomic(arguments.out, (json.dumps(result, indent=1) + "\n").encode())
+        for kind in KINDS:
+            if any((r["keyword"], r["attack"]) == (keyword, kind) for r in records):
+                continue
+            records.append(bench.run(keyword, kind))
+            print(json.dumps(records[-1]), flush=True)
+            result = report(records, bench, facts)
+            write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 
