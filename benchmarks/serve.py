@@ -7,9 +7,10 @@
 2. Load: ``--clients`` threads send mixed traffic without pause to a service whose limits are set
    so that the queue is always full. Counted are statuses (anything but 200 and the documented 429
    and 503 is an error), latencies of the answered requests, and the resident memory of the
-   service's process every second.
-3. Stop: SIGTERM in the middle of that traffic; every request that was being worked on must get
-   its answer, and the process must end with 0.
+   service's process every second. Memory is judged over the second half: a fitted line says by
+   how much it still grows, in MiB for a thousand answers.
+3. Stop: SIGTERM in the middle of that traffic. Counted apart: every request that reached the
+   service must get its answer (later ones find nobody listening), and the process must end with 0.
 
 The service is a process of its own, ``pair serve``, with the shipped models and a collection of
 the embedded photos, made anew in a temporary folder.
@@ -31,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -196,17 +198,12 @@ def load(process: subprocess.Popen, url: str, pictures: list[bytes], args) -> di
     process.send_signal(signal.SIGTERM)
     code = process.wait(120)
     traffic.end()
-    after = Counter(s for counts in traffic.statuses.values() for s in counts)
-    allowed = {"200", "429", "503"}
-    wrong = {
-        kind: {s: n for s, n in c.items() if s not in allowed | {str(EXPECTED.get(kind, 200))}}
-        for kind, c in traffic.statuses.items()
-    }
     answered = sum(len(v) for v in seconds.values())
+    late = {k: c - Counter(statuses[k]) for k, c in traffic.statuses.items()}  # of the stop
     batches = re.search(r'\npair_batch_pictures_count{work="purify"} (\S+)', text)
     sizes = re.search(r'\npair_batch_pictures_sum{work="purify"} (\S+)', text)
-    third = max(1, len(memory) // 3)
-    first, last = statistics.median(memory[:third]), statistics.median(memory[-third:])
+    half = memory[len(memory) // 2 :]
+    slope = float(np.polyfit(range(len(half)), half, 1)[0]) if len(half) > 1 else 0.0
     return {
         "minutes": args.minutes,
         "clients": args.clients,
@@ -214,24 +211,44 @@ def load(process: subprocess.Popen, url: str, pictures: list[bytes], args) -> di
         "answered": answered,
         "answered per second": round(answered / (60 * args.minutes), 1),
         "refused (429, 503)": sum(c.get("429", 0) + c.get("503", 0) for c in statuses.values()),
-        "errors": {kind: counts for kind, counts in wrong.items() if counts},
+        "errors": _wrong(statuses),
         "statuses": statuses,
         "latency, ms": {kind: quantiles(v) for kind, v in seconds.items() if v},
         "pictures per batch": round(float(sizes[1]) / float(batches[1]), 2)
         if batches and sizes and float(batches[1])
         else None,
         "resident memory, MiB": {
-            "first third": round(first, 1),
-            "last third": round(last, 1),
+            "every ten seconds": [round(m, 1) for m in memory[::10]],
+            "first quarter": round(statistics.median(memory[: max(1, len(memory) // 4)]), 1),
+            "third quarter": round(statistics.median(half[: max(1, len(half) // 2)]), 1),
+            "last quarter": round(statistics.median(half[-max(1, len(half) // 2) :]), 1),
             "most": round(max(memory), 1),
+            "growth per 1,000 answers, second half": round(
+                1000 * slope * 60 * args.minutes / max(1, answered), 2
+            ),
         },
-        "stop": {"exit code": code, "connections cut": _cut(after)},
+        "stop": {
+            "exit code": code,
+            "answered or refused": sum(
+                n for c in late.values() for s, n in c.items() if s.isdigit()
+            ),
+            "errors": _wrong(late),
+        },
     }
 
 
-def _cut(statuses: Counter[str]) -> int:
-    """Answers that were lost: connections that broke other than by not being accepted."""
-    return sum(n for s, n in statuses.items() if not s.isdigit() and s != "refused")
+def _wrong(statuses: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """What should not have happened, by kind: other statuses, and connections that broke."""
+    fine = {"200", "429", "503"}
+    found = {
+        kind: {s: n for s, n in counts.items() if s not in fine | {str(EXPECTED.get(kind, 200))}}
+        for kind, counts in statuses.items()
+    }
+    return {kind: counts for kind, counts in found.items() if counts}
+
+
+def _count(errors: Mapping[str, Mapping[str, int]]) -> int | str:
+    return sum(n for counts in errors.values() for n in counts.values()) or "no"
 
 
 def main() -> None:
@@ -266,6 +283,7 @@ def main() -> None:
         process, url = start(collection.uri, [*threads, *limits])
         try:
             under = load(process, url, pictures, args)
+            busy = os.getloadavg()[1]
         finally:
             process.kill()
         print(json.dumps(under, indent=1))
@@ -284,9 +302,23 @@ def main() -> None:
         "threads": args.threads,
         "photos": len(files),
     }
+    memory, stop = under["resident memory, MiB"], under["stop"]
     results = {
         "columns": ["milliseconds", "p50", "p99"],
         "rows": rows,
+        "note": (
+            f"{facts['cores']} cores, {args.threads} of them for the models, shared with the "
+            f"{args.clients} clients and other programs (load {busy:.1f}). The service cost "
+            + " and ".join(f"{v['difference, median']:.0f} ms ({k})" for k, v in cost.items())
+            + f" over the library. {args.minutes:g} minutes of load on a queue of {args.queue}: "
+            f"{under['answered']:,} requests answered, {under['refused (429, 503)']:,} refused, "
+            f"{_count(under['errors'])} errors; resident memory {memory['first quarter']:.0f}, "
+            f"{memory['third quarter']:.0f} and {memory['last quarter']:.0f} MiB in the first, "
+            f"third and last quarter ({memory['growth per 1,000 answers, second half']:+.1f} MiB "
+            "for a thousand answers at the end). Stopped in the middle of it: "
+            f"{stop['answered or refused']} requests answered or refused, "
+            f"{_count(stop['errors'])} broken off, exit code {stop['exit code']}."
+        ),
         "facts": facts,
         "overhead": cost,
         "load": under,
