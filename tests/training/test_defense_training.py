@@ -255,17 +255,14 @@ def test_gradual_adversary():
 def test_softhard_draws_among_the_harder_ones():
     distances = torch.tensor([[0.1, 0.5, 0.9, 0.3, 0.8, 1.2]])
     same = torch.tensor([[True, True, True, False, False, False]])
-    allowed = torch.ones_like(same)
-    drawn = [
-        softhard(distances, same, allowed, torch.Generator().manual_seed(s)) for s in range(40)
-    ]
+    drawn = [softhard(distances, same, ~same, torch.Generator().manual_seed(s)) for s in range(40)]
     # Nearest negative 0.3, farthest positive 0.9.
     assert {int(p) for p, _ in drawn} == {1, 2} and {int(n) for _, n in drawn} == {3, 4}
     easy = torch.tensor([[0.1, 0.2, 0.9, 1.0, 1.1, 1.2]])
     positive, negative = softhard(
         easy,
         torch.tensor([[True, True, False, False, False, False]]),
-        allowed,
+        torch.tensor([[False, False, True, True, True, True]]),
         torch.Generator().manual_seed(0),
     )
     assert int(positive) in (0, 1) and int(negative) in (2, 3, 4, 5)
@@ -321,6 +318,7 @@ def test_hm_raises_hardness_towards_its_goal_and_remembers(root, pack):
     first = task.loss(torch.arange(4), torch.Generator().manual_seed(0), 0)
     assert float(first["goal"]) == pytest.approx(-0.2)
     triplet = float(first["loss"].detach())
+    task.stepped({k: float(v.detach()) for k, v in first.items()})
     assert float(task.module.previous) == pytest.approx(triplet)
     task.module.previous.fill_(0.05)
     assert float(task.loss(torch.arange(4), torch.Generator(), 1)["goal"]) == pytest.approx(-0.05)

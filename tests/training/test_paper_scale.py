@@ -131,7 +131,7 @@ def test_photos_that_cannot_be_opened(data, message, miniatures, pack_folder):
 def test_tasks_that_need_a_pack_say_so(miniatures, tmp_path):
     recipe = write(tmp_path / "r.toml", "")
     with pytest.raises(ValueError, match="this training reads a pack"):
-        run("sac", recipe, [f"imagenette:{miniatures}/imagenette"], tmp_path / "run", echo=quiet)
+        run("clip", recipe, [f"imagenette:{miniatures}/imagenette"], tmp_path / "run", echo=quiet)
 
 
 # --- starts and discriminators of others ------------------------------------------------------

@@ -72,6 +72,8 @@ class Models:
     def _made(self, name: str) -> str:
         """``name``, or the generator folder that is made of the public weights it names."""
         path = Path(name)
+        if (path / "open_clip_config.json").is_file():
+            return f"{OPEN_CLIP}local-dir:{name}"
         if path.suffix in PICKLES and path.is_file():
             weights = path
         elif path.is_dir() and (path / hub.CONFIG).is_file() and not hub.kind_of(path):
@@ -93,7 +95,9 @@ class Models:
         if self._foreign(name):
             return "missing"
         try:
-            folder = hub.resolve(self.where(name))
+            if (place := self.where(name)).startswith(OPEN_CLIP):
+                return self._sha_open_clip(place)
+            folder = hub.resolve(place)
         except ValueError:
             return "missing"
         config = json.loads((folder / hub.CONFIG).read_text("utf-8"))
@@ -136,10 +140,11 @@ class Models:
             raise ValueError(
                 f"model {name!r} is not shipped: name a folder that holds it, {option}"
             )
-        command = kind.partition("-")[0]
+        command, s = kind.partition("-")[0], self.settings
+        scale = "small" if s.shipped or s.tiny or kind == "hm-csq" else "paper"
         raise ValueError(
             f"model {name} is not shipped: train it with 'pair train {command} --recipe "
-            f"configs/small/{kind}.toml --data PACK --out RUN'"
+            f"configs/{scale}/{kind}.toml --data PACK --out RUN'"
         )
 
     def clip(self) -> TextImageEncoder:

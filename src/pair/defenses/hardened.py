@@ -8,13 +8,15 @@ from typing import Any
 from pair.defenses.base import Defense
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.hashing import HashNet
+from pair.retrieval.openclip import OpenClip
 
 
 class Hardened(Defense):
     """Identity on images; ``harden(encoder)`` gives the adversarially trained target.
 
     ``clip`` and ``csq`` name the model folders that replace a text-image and a hashing target
-    (made by ``pair train at`` or ``pair train hm``). An attacker faces the new target itself, so
+    (made by ``pair train at`` or ``pair train hm``); for a target of open_clip, a folder that
+    open_clip reads, or ``open_clip:...``. An attacker faces the new target itself, so
     adaptive and non-adaptive attacks coincide, as in the AT rows of PAIR's tables.
     """
 
@@ -28,9 +30,14 @@ class Hardened(Defense):
     def defend(self, images, generator, join):
         return images
 
-    def harden(self, encoder: Any) -> SmallClip | HashNet:
-        hardened: SmallClip | HashNet
-        if isinstance(encoder, SmallClip):
+    def harden(self, encoder: Any) -> SmallClip | HashNet | OpenClip:
+        hardened: SmallClip | HashNet | OpenClip
+        if isinstance(encoder, OpenClip):
+            name = os.fspath(self.clip)
+            known = name.startswith("open_clip:")
+            spec = name.removeprefix("open_clip:") if known else f"local-dir:{name}"
+            hardened = OpenClip.from_spec(spec)
+        elif isinstance(encoder, SmallClip):
             hardened = SmallClip.from_pretrained(self.clip)
         elif isinstance(encoder, HashNet):
             hardened = HashNet.from_pretrained(self.csq)
@@ -43,7 +50,7 @@ class Hardened(Defense):
             raise ValueError(
                 f"the hardened target has {hardened.dim} dimensions, the raw one {encoder.dim}"
             )
-        return hardened
+        return hardened.to(next(encoder.parameters()).device)
 
 
 def adversarial_training(clip: str = "clip-small-at", csq: str = "csq-small-at") -> Hardened:

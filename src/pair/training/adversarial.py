@@ -1,7 +1,8 @@
 """Adversarially trained targets: AT (PGD fine-tuning) and HM (hardness-manipulated triplets).
 
-Both start from a trained target, keep its geometry, and write an ordinary model folder. The text
-tower of a CLIP stays frozen, so the text side of an index stays valid.
+Both start from a trained target, keep its geometry, and write an ordinary model folder (of a model
+of open_clip, one that open_clip reads). The text tower of a CLIP stays frozen, so the text side of
+an index stays valid.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pair.data.pack import Pack
+from pair.data.pack import Collection
 from pair.data.prompts import TRAIN_TEMPLATES, sentences
-from pair.retrieval.clip import SmallClip
-from pair.retrieval.hashing import HashNet, csq_loss
+from pair.retrieval.hashing import csq_loss, multilabel_centres
+from pair.training import start, towers
 from pair.training.augment import crop_flip, to_float
 from pair.training.loop import weight_groups
 from pair.training.pgd import perturb
+from pair.training.precision import precisely
+
+TRAIN, HELD_OUT = ("train", "restval"), ("val", "gallery")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class AdversarialTraining:
     """AT: min over weights of max over l_inf perturbations within ``epsilon`` (Madry 2018).
 
     The threat model of the paper's AT row is not stated; 4/255 with 3 inner steps is ours.
-    ``clean`` mixes in the loss on the clean photos (0 = Madry).
+    ``clean`` mixes in the loss on the clean photos (0 = Madry). ``init`` names the target, see
+    :mod:`pair.training.towers`.
     """
 
     kind: str = "clip"
@@ -39,6 +44,15 @@ class AdversarialTraining:
     lr: float = 1e-4
     weight_decay: float = 0.05
     validation: int = 200
+
+    @property
+    def photo_side(self) -> int:
+        """Side at which photos of a data set are decoded, until the target is known."""
+        return self.side(112)
+
+    @staticmethod
+    def side(image_size: int) -> int:
+        return image_size * 8 // 7
 
 
 @dataclass(frozen=True)
@@ -60,48 +74,93 @@ class HardnessTraining(AdversarialTraining):
 
 
 class _FineTuning:
-    """See :class:`pair.training.loop.Task`. A trained target and photos with class names."""
+    """See :class:`pair.training.loop.Task`. A trained target, and photos with class names or, for
+    CLIP, with captions: there every photo is a class of its own, and its captions are the
+    sentences about it."""
 
     name: str
 
-    def __init__(self, config: AdversarialTraining, pack: Pack):
-        self.config, self.pack = config, pack
-        if config.kind == "clip":
-            self.model: SmallClip | HashNet = SmallClip.from_pretrained(config.init)
-            known = sorted({n for n in pack.labels if n})
-        elif config.kind == "csq":
-            self.model = HashNet.from_pretrained(config.init)
-            known = list(self.model.config.classes)
-        else:
-            raise ValueError(f"kind must be 'clip' or 'csq', got {config.kind!r}")
+    def __init__(self, config: AdversarialTraining, pack: Collection):
+        self.config, self.pack, self.device = config, pack, torch.device("cpu")
+        self.tower = towers.load(config.kind, config.init)
+        self.model = self.tower.model
+        self.module: nn.Module = self.model
+        self.size_px = self.tower.size
+        pack.decode_at(config.side(self.size_px))
+        if pack.side < self.size_px:
+            raise ValueError(
+                f"the photos of the pack have {pack.side} pixels a side, {config.init} takes "
+                f"{self.size_px}: make a larger pack"
+            )
+        known = list(self.model.config.classes) if self.tower.hashing else towers.classes(pack)
+        self.said = not known  # captions instead of classes
+        if self.tower.hashing and not known:
+            raise ValueError(
+                f"{config.init} names no classes: train it with 'pair train csq-paper'"
+            )
+        if self.said and not pack.captions:
+            raise ValueError("the photos have neither class names nor captions to train on")
         number = {name: i for i, name in enumerate(known)}
-        self.rows = pack.where(lambda label, data, split: split == "train" and label in number)
-        held = pack.where(
-            lambda label, data, split: split in ("val", "gallery") and label in number
-        )
-        if not len(self.rows) or not len(held):
+
+        def usable(row: int) -> bool:
+            if self.said:
+                return bool(pack.captions[row])
+            return any(name in number for name in towers.names_of(pack.labels[row]))
+
+        rows = {
+            side: [i for i, split in enumerate(pack.splits) if split in splits and usable(i)]
+            for side, splits in (("train", TRAIN), ("held", HELD_OUT))
+        }
+        if not rows["train"] or not rows["held"]:
             raise ValueError("the pack has no training or no held-out photos of classes it knows")
-        self.labels = torch.tensor([number[pack.labels[i]] for i in self.rows.tolist()])
-        self.size_px = self.model.image_size
+        self.rows = torch.tensor(rows["train"])
         seeded = torch.Generator().manual_seed(0)
+        held = torch.tensor(rows["held"])
         held = held[torch.randperm(len(held), generator=seeded)][: config.validation]
         self.photos = pack.batch(held, self.size_px)
-        self.wanted = torch.tensor([number[pack.labels[i]] for i in held.tolist()])
         self.anchors = self._anchors(known)
+        if self.said:
+            texts = [self.tower.text(list(pack.captions[i])) for i in held.tolist()]
+            self.sought = torch.stack([F.normalize(t, dim=-1).mean(0) for t in texts])
+            self.wanted = torch.eye(len(held), dtype=torch.bool)
+        else:
+            self.hot = self._hot(self.rows, number)
+            self.sought = self.anchors.mean(1)
+            self.wanted = self._hot(held, number)
         for name, p in self.model.named_parameters():
-            p.requires_grad_(name.startswith(("backbone.", "image_projection.", "head.")))
-        self.module: nn.Module = self.model
+            p.requires_grad_(name.startswith(self.tower.trained))
 
     def _anchors(self, names: list[str]) -> Tensor:
         """What each class is compared with: T sentence features (C, T, D) or centres (C, 1, K)."""
-        if isinstance(self.model, HashNet):
+        if self.tower.hashing:
             return self.model.centres[:, None]
-        with torch.no_grad():
-            texts = self.model.encode_text(sentences(names, TRAIN_TEMPLATES))
+        if not names:
+            return torch.empty(0, 0, self.model.dim)
+        texts = self.tower.text(sentences(names, TRAIN_TEMPLATES))
         return F.normalize(texts, dim=-1).unflatten(0, (len(names), -1))
+
+    def _hot(self, rows: Tensor, number: dict[str, int]) -> Tensor:
+        """Labels (N, C); a name that the target does not know counts for nothing."""
+        hot = torch.zeros(len(rows), len(number), dtype=torch.bool)
+        for at, row in enumerate(rows.tolist()):
+            for name in towers.names_of(self.pack.labels[row]):
+                if name in number:
+                    hot[at, number[name]] = True
+        return hot
 
     def size(self) -> int:
         return len(self.rows)
+
+    def to(self, device: torch.device) -> None:
+        """Move everything that takes part in a step."""
+        self.device = device
+        self.module.to(device)
+        for name in ("photos", "anchors", "sought", "wanted"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of the start, before the first step."""
+        return {"init": start.digest(self.model)}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         c = self.config
@@ -111,29 +170,41 @@ class _FineTuning:
     def pick_anchor(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """One sentence feature (or the centre) per label: (B, D)."""
         which = torch.randint(self.anchors.shape[1], (len(labels),), generator=generator)
-        return self.anchors[labels, which]
+        return self.anchors[labels.to(self.device), which.to(self.device)]
+
+    def pick_caption(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Unit features (B, D) of a caption of each photo, and which are the same (B, B)."""
+        texts = []
+        for i in self.rows[rows].tolist():
+            own = self.pack.captions[i]
+            texts.append(own[int(torch.randint(len(own), (1,), generator=generator))])
+        same = torch.tensor([[a == b for b in texts] for a in texts])
+        return F.normalize(self.tower.text(texts).float(), dim=-1), same
 
     def photos_of(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        return crop_flip(to_float(self.pack.raw(self.rows[rows])), self.size_px, generator)
+        raw = self.pack.raw(self.rows[rows]).to(self.device)
+        return crop_flip(to_float(raw), self.size_px, generator)
 
     def scores(self, images: Tensor) -> Tensor:
         """Similarity to each class (B, C), for validation."""
-        z = self.model.image_features(images)
-        z = z.tanh() if isinstance(self.model, HashNet) else F.normalize(z, dim=-1)
-        return z @ self.anchors.mean(1).T
+        z = self.tower.encode(images)
+        z = z.tanh() if self.tower.hashing else F.normalize(z, dim=-1)
+        return z @ self.sought.T
 
     def validate(self) -> dict[str, float]:
-        """Share of held-out photos nearest to their class: clean, and under PGD on this model."""
+        """Share of held-out photos nearest to (one of) their classes, or to their own captions:
+        clean, and under PGD on this model."""
         c, right = self.config, {"clean": 0, "attacked": 0}
         seeded = torch.Generator().manual_seed(1)
         for x, y in zip(self.photos.split(32), self.wanted.split(32), strict=True):
 
             def wrong(v: Tensor, y: Tensor = y) -> Tensor:
-                return F.cross_entropy(20 * self.scores(v), y, reduction="sum")
+                return F.cross_entropy(20 * self.scores(v), shares(y), reduction="sum")
 
             attacked = perturb(x, wrong, c.epsilon, c.inner_steps, seeded)
             for name, images in (("clean", x), ("attacked", attacked)):
-                right[name] += int((self.scores(images).argmax(1) == y).sum())
+                best = self.scores(images).argmax(1, keepdim=True)
+                right[name] += int(y.gather(1, best).sum())
         clean, attacked_share = (right[k] / len(self.photos) for k in ("clean", "attacked"))
         return {
             "score": clean + attacked_share,
@@ -142,7 +213,12 @@ class _FineTuning:
         }
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.model.save_pretrained(folder, torch.float16, **{"hardened": self.name, **facts})
+        self.tower.save(folder, {"hardened": self.name, **facts})
+
+
+def shares(hot: Tensor) -> Tensor:
+    """Rows of probabilities from marks (B, C): equal shares for all that are marked."""
+    return hot / hot.sum(1, keepdim=True)
 
 
 class AtTask(_FineTuning):
@@ -150,29 +226,43 @@ class AtTask(_FineTuning):
 
     name = "at"
 
-    def target_loss(self, images: Tensor, labels: Tensor, sentences: Tensor) -> Tensor:
-        """CLIP: cross-entropy over one sentence per class, (C, D); CSQ: its centre loss."""
-        z = self.model.image_features(images)
-        if isinstance(self.model, HashNet):
-            return csq_loss(z, self.model.centres[labels])
-        scale = self.model.logit_scale.detach().exp().clamp(max=50)
-        return F.cross_entropy(scale * F.normalize(z, dim=-1) @ sentences.T, labels)
+    def __init__(self, config: AdversarialTraining, pack: Collection):
+        super().__init__(config, pack)
+        if self.tower.hashing:
+            ties = torch.Generator().manual_seed(0)  # as in ``pair train csq-paper``
+            self.targets = multilabel_centres(self.hot, self.model.centres.cpu(), ties)
+
+    def prefetch(self, rows: Tensor) -> None:
+        self.pack.prefetch(self.rows[rows])
+
+    def target_loss(self, images: Tensor, wanted: Tensor, texts: Tensor) -> Tensor:
+        """CLIP: cross-entropy over sentences (A, D), of which ``wanted`` (B, A) are right; CSQ:
+        the loss to the centres ``wanted`` (B, K)."""
+        z = self.tower.encode(images)
+        if self.tower.hashing:
+            return precisely(csq_loss, z, wanted)
+        return F.cross_entropy(self.tower.scale() * F.normalize(z, dim=-1) @ texts.T, wanted)
 
     def loss(self, rows: Tensor, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         c = self.config
-        labels = self.labels[rows]
         images = self.photos_of(rows, generator)
-        texts = self.pick_anchor(torch.arange(len(self.anchors)), generator)
+        if self.said:  # among the captions of the batch
+            texts, same = self.pick_caption(rows, generator)
+            wanted = shares(same).to(self.device)
+        else:
+            texts = self.pick_anchor(torch.arange(len(self.anchors)), generator)
+            wanted = self.targets[rows] if self.tower.hashing else shares(self.hot[rows])
+            wanted = wanted.to(self.device)
         self.model.eval()  # the inner attack must not move the batch statistics
 
         def worst(x: Tensor) -> Tensor:
-            return self.target_loss(x, labels, texts)
+            return self.target_loss(x, wanted, texts)
 
         attacked = perturb(images, worst, c.epsilon, c.inner_steps, generator)
         self.model.train()
-        loss = adversarial = self.target_loss(attacked, labels, texts)
+        loss = adversarial = self.target_loss(attacked, wanted, texts)
         if c.clean:
-            loss = loss + c.clean * self.target_loss(images, labels, texts)
+            loss = loss + c.clean * self.target_loss(images, wanted, texts)
         return {"loss": loss, "adversarial": adversarial}
 
 
@@ -196,15 +286,15 @@ def gradual_adversary(previous: float | Tensor, margin: float) -> float:
 
 
 def softhard(
-    distances: Tensor, same: Tensor, allowed: Tensor, generator: torch.Generator
+    distances: Tensor, positives: Tensor, negatives: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A positive and a negative for each anchor (A,), both drawn among the harder ones.
 
-    ``distances`` (A, N) from anchors to photos, ``same`` (A, N) marks photos of the anchor's
-    class, ``allowed`` (A, N) those that may be used. Positives farther than the nearest negative
-    and negatives nearer than the farthest positive are eligible; where none is, all are.
+    ``distances`` (A, N) from anchors to photos; ``positives`` and ``negatives`` (A, N) mark the
+    photos that may serve an anchor as such, at least one of each. Positives farther than the
+    nearest negative and negatives nearer than the farthest positive are eligible; where none is,
+    all are.
     """
-    positives, negatives = same & allowed, ~same & allowed
     infinite = torch.full_like(distances, float("inf"))
     nearest = torch.where(negatives, distances, infinite).amin(1, keepdim=True)
     farthest = torch.where(positives, distances, -infinite).amax(1, keepdim=True)
@@ -233,57 +323,75 @@ class HmTask(_FineTuning):
 
     name = "hm"
     config: HardnessTraining
+    TRIES = 100
 
-    def __init__(self, config: HardnessTraining, pack: Pack):
+    def __init__(self, config: HardnessTraining, pack: Collection):
         super().__init__(config, pack)
         self.module = _Remembering(self.model, config.margin)
-        photos = [(self.labels == k).nonzero()[:, 0] for k in range(len(self.anchors))]
-        self.by_class = [rows for rows in photos if len(rows)]
+        if self.said:
+            self.by_class = [(i, torch.tensor([i])) for i in range(len(self.rows))]
+        else:
+            photos = [(k, self.hot[:, k].nonzero()[:, 0]) for k in range(self.hot.shape[1])]
+            self.by_class = [(k, rows) for k, rows in photos if len(rows)]
         if len(self.by_class) < 2:
             raise ValueError("triplets need photos of at least two classes")
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Rows of a batch: ``classes`` classes, ``per_class`` photos of each."""
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (N,) of a batch, ``classes`` classes with ``per_class`` photos of each, and the
+        classes. Where photos are their own classes, several crops of each."""
         c = self.config
         chosen = torch.randperm(len(self.by_class), generator=generator)[: c.classes]
-        rows = []
-        for photos in (self.by_class[k] for k in chosen.tolist()):
+        rows, names = [], []
+        for k, photos in (self.by_class[i] for i in chosen.tolist()):
             rows.append(photos[torch.randint(len(photos), (c.per_class,), generator=generator)])
-        return torch.cat(rows)
+            names.append(k)
+        return torch.cat(rows), torch.tensor(sorted(names))
 
-    def source(self, images: Tensor, labels: Tensor, generator: torch.Generator):
-        """Anchor features or rows, positive rows and negative rows of the source triplets."""
-        with torch.no_grad():
-            z = F.normalize(self.model.image_features(images).float(), dim=-1)
-        if isinstance(self.model, SmallClip):
-            anchor_of = labels.unique()
-            anchors = F.normalize(self.pick_anchor(anchor_of, generator), dim=-1)
-            # Each class speaks as often as it has photos.
-            repeat = self.config.per_class
-            anchor_of, anchors = (v.repeat_interleave(repeat, 0) for v in (anchor_of, anchors))
-            allowed = torch.ones(len(anchors), len(images), dtype=torch.bool)
-        else:
-            anchor_of, anchors = labels, z
-            allowed = ~torch.eye(len(images), dtype=torch.bool)
-        same = anchor_of[:, None] == labels[None]
-        distances = torch.cdist(anchors, z)
-        positive, negative = softhard(distances, same, allowed, generator)
-        return anchors, positive, negative
+    def triplets(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Rows (N,) of a batch, the anchors' features (A, D) (None: the photos themselves), and
+        which photos each anchor may have for a positive and which for a negative (A, N)."""
+        for _ in range(self.TRIES):
+            rows, names = self.draw(generator)
+            anchors: Tensor | None = None
+            if self.tower.hashing:
+                same = (self.hot[rows].float() @ self.hot[rows].float().T) > 0
+                allowed = ~torch.eye(len(rows), dtype=torch.bool)
+            else:
+                if self.said:
+                    own = rows.unique()
+                    anchors, alike = self.pick_caption(own, generator)
+                    same = alike[:, torch.searchsorted(own, rows)]
+                else:
+                    anchors = F.normalize(self.pick_anchor(names, generator), dim=-1)
+                    same = self.hot[rows][:, names].T
+                # Each class speaks as often as it has photos.
+                repeat = self.config.per_class
+                anchors, same = (v.repeat_interleave(repeat, 0) for v in (anchors, same))
+                allowed = torch.ones_like(same)
+            positives, negatives = same & allowed, ~same & allowed
+            if bool((positives.any(1) & negatives.any(1)).any()):
+                return rows, anchors, positives, negatives
+        raise ValueError("no batch holds both like and unlike photos: raise classes or per_class")
 
     def loss(self, rows: Tensor, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         c = self.config
-        rows = self.draw(generator)
-        labels, images = self.labels[rows], self.photos_of(rows, generator)
+        rows, texts, positives, negatives = self.triplets(generator)
+        images = self.photos_of(rows, generator)
         self.model.eval()
-        texts, positive, negative = self.source(images, labels, generator)
-        textual = isinstance(self.model, SmallClip)
-        count = len(positive)
-        parts = [images[positive], images[negative]] + ([] if textual else [images])
+        with torch.no_grad():
+            z = F.normalize(self.tower.encode(images).float(), dim=-1)
+        # Photos of every class of the batch, or of none but theirs, are no anchors.
+        kept = (positives.any(1) & negatives.any(1)).nonzero()[:, 0]
+        distances = torch.cdist(z if texts is None else texts, z).cpu()
+        positive, negative = softhard(distances[kept], positives[kept], negatives[kept], generator)
+        textual, count = texts is not None, len(kept)
+        texts = texts[kept] if texts is not None else z[kept]
+        parts = [images[positive], images[negative]] + ([] if textual else [images[kept]])
         stacked = torch.cat(parts)  # perturbed copies of positives, negatives, anchors
         goal = gradual_adversary(self.module.previous, c.margin)  # type: ignore[arg-type]
 
         def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            z = self.model.image_features(x)
+            z = self.tower.encode(x)
             return (texts if textual else z[2 * count :]), z[:count], z[count : 2 * count]
 
         def too_easy(x: Tensor) -> Tensor:  # raised by ``perturb``, hence the sign
@@ -298,7 +406,12 @@ class HmTask(_FineTuning):
         triplet = F.relu(reached + c.margin).mean()
         loss = triplet
         if c.ics and not textual:
-            clean = self.model.image_features(images)
-            loss = loss + c.ics * F.relu(hardness(clean, anchor, clean[positive])).mean()
-        self.module.previous.copy_(triplet.detach())  # type: ignore[operator]
-        return {"loss": loss, "hardness": reached.mean(), "goal": torch.tensor(goal)}
+            clean = self.tower.encode(images)
+            inside = hardness(clean[kept], anchor, clean[positive])
+            loss = loss + c.ics * F.relu(inside).mean()
+        told = {"triplet": triplet, "hardness": reached.mean(), "goal": reached.new_tensor(goal)}
+        return {"loss": loss, **told}
+
+    def stepped(self, losses: dict[str, float]) -> None:
+        """The next step's goal depends on this step's loss, that of all slices and processes."""
+        self.module.previous.fill_(losses["triplet"])  # type: ignore[operator]

@@ -20,6 +20,7 @@ from pair import hub
 from pair.data.pack import Collection
 from pair.files import write_atomic
 from pair.retrieval.metrics import recall_at_k
+from pair.retrieval.openclip import OpenClip
 from pair.training import start
 from pair.training.augment import to_float
 
@@ -122,19 +123,24 @@ class ClipPaperTask:
         return {"score": r10, "recall_at_1": r1, "recall_at_10": r10}
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """A folder that open_clip reads as ``local-dir:``, with our record beside it."""
-        library_config = _architecture(self.target, self.config.model)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        partial = folder / "open_clip_model.safetensors.partial"
-        save_file(weights, partial)
-        digest = hub.sha256(partial)
-        partial.replace(folder / "open_clip_model.safetensors")
-        for name, content in (
-            ("open_clip_config.json", library_config),
-            ("training.json", {**facts, "sha256": digest}),
-        ):
-            write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+        save_open_clip(self.target, self.config.model, folder, facts)
+
+
+def save_open_clip(target: OpenClip, model: str, folder: Path, facts: dict[str, Any]) -> None:
+    """A folder that open_clip reads as ``local-dir:``, with our record beside it. ``model`` is the
+    name of the start, ``open_clip:ARCHITECTURE/WEIGHTS``."""
+    library_config = _architecture(target, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in target.model.state_dict().items()}
+    partial = folder / "open_clip_model.safetensors.partial"
+    save_file(weights, partial)
+    digest = hub.sha256(partial)
+    partial.replace(folder / "open_clip_model.safetensors")
+    for name, content in (
+        ("open_clip_config.json", library_config),
+        ("training.json", {**facts, "sha256": digest}),
+    ):
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _architecture(target: Any, model: str) -> dict[str, Any]:

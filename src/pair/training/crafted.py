@@ -6,16 +6,15 @@ photos) stay unseen. Every fifth class is held out of the crafting and used for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pair.attacks.carriers import qr
-from pair.retrieval.clip import SmallClip
-from pair.retrieval.hashing import HashNet
+from pair.training import towers
 from pair.training.precision import ascent
 
 Objective = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> scalar, minimised
@@ -30,35 +29,54 @@ class Victim:
     encode: Callable[[Tensor], Tensor]
     targets: Tensor
     hashing: bool
+    module: nn.Module
+
+    def to(self, device: torch.device) -> None:
+        self.module.to(device)
+        self.targets = self.targets.to(device)
 
     def objective(self, count: int, generator: torch.Generator) -> Objective:
         """Pull ``count`` images, each towards a class of its own (TTH's and AdvHash's goals)."""
         pick = torch.randint(len(self.targets), (count,), generator=generator)
-        goal = self.targets[pick]
+        goal = self.targets[pick.to(self.targets.device)]
         if self.hashing:
             return lambda x: -(self.encode(x).tanh() * goal).mean(1).sum()
         return lambda x: (1 - F.cosine_similarity(self.encode(x), goal)).sum()
 
 
-def victims(clip: str, csq: str, labels: list[str], held_out: bool) -> list[Victim]:
-    """The targets named (empty = leave out), aiming at the held-out classes or at the others."""
-    chosen = [n for i, n in enumerate(labels) if (i % HELD_OUT_EVERY == 0) == held_out]
-    if not chosen:
-        raise ValueError(f"{len(labels)} class names are too few to hold some out: pack more")
+def victims(
+    clip: str, csq: str, labels: list[str], held_out: bool, captions: Sequence[str] = ()
+) -> list[Victim]:
+    """The targets named (empty = leave out), aiming at the held-out classes or at the others.
+
+    A text search is aimed at ``captions`` instead, where there are any; every fifth is held out.
+    """
+    chosen = _side(labels, held_out)
+    texts = _side(captions, held_out) or [f"a photo of a {n}" for n in chosen]
+    if not texts or (csq and not chosen):
+        raise ValueError(
+            f"{len(labels)} class names are too few to hold some out: pack more, or name a data "
+            "set with labels"
+        )
     found = []
     with torch.no_grad():
         if clip:
-            model = SmallClip.from_pretrained(clip)
-            texts = model.encode_text([f"a photo of a {n}" for n in chosen])
-            found.append(Victim(model.image_features, texts, False))
+            tower = towers.load("clip", clip)
+            found.append(Victim(tower.encode, tower.text(texts), False, tower.module))
         if csq:
-            net = HashNet.from_pretrained(csq)
-            rows = [i for i, n in enumerate(net.config.classes) if n in set(chosen)]
+            tower = towers.load("csq", csq)
+            names = set(chosen)
+            rows = [i for i, n in enumerate(tower.model.config.classes) if n in names]
             if rows:
-                found.append(Victim(net.image_features, net.centres[rows], True))
+                centres = tower.model.centres[rows]
+                found.append(Victim(tower.encode, centres, True, tower.module))
     if not found:
         raise ValueError("name at least one target to craft patches against: clip or csq")
     return found
+
+
+def _side(names: Sequence[str], held_out: bool) -> list[str]:
+    return [n for i, n in enumerate(names) if (i % HELD_OUT_EVERY == 0) == held_out]
 
 
 def squares(
@@ -118,7 +136,8 @@ def build_bank(
     bank: Bank = {kind: [] for kind in KINDS}
     for turn, images in enumerate(photos.split(16)):
         mask, boxes = squares(len(images), size, low, high, generator)
-        start = torch.rand(images.shape, generator=generator)
+        mask = mask.to(images.device)
+        start = torch.rand(images.shape, generator=generator).to(images.device)
         for i, (top, left, side) in enumerate(boxes):
             bank["noise"].append(torch.rand(3, side, side, generator=generator))
             bank["qr"].append(code(side, generator))
@@ -127,7 +146,7 @@ def build_bank(
         objective = found[turn % len(found)].objective(len(images), generator)
         made = craft(images, mask, start, objective, steps, step)
         for image, (top, left, side) in zip(made, boxes, strict=True):
-            bank["pgd"].append(image[:, top : top + side, left : left + side].clone())
+            bank["pgd"].append(image[:, top : top + side, left : left + side].cpu().clone())
     return bank
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pair.data.pack import Pack
+from pair.data.pack import Collection
 from pair.defenses.denoise import ArnNet, CafdNet, relativistic_loss
 from pair.defenses.network import Network, NetworkConfig
-from pair.retrieval.clip import SmallClip
-from pair.retrieval.hashing import HashNet
+from pair.training import start, towers
 from pair.training.augment import crop_flip, to_float
 from pair.training.pgd import perturb
 
@@ -41,29 +41,35 @@ class DenoiserTraining:
     lr: float = 1e-4
     validation: int = 64
 
+    @property
+    def photo_side(self) -> int:
+        """Side at which photos are decoded when they come from a data set."""
+        return self.image_size * 8 // 7
+
 
 class Target:
-    """The attacked network: its last feature map, its embedding and its class directions."""
+    """The attacked network: its last feature map, its embedding and its class directions (of
+    captions, where there are any, else of class names)."""
 
-    def __init__(self, config: DenoiserTraining, labels: list[str]):
-        if config.kind not in ("clip", "csq"):
-            raise ValueError(f"kind must be 'clip' or 'csq', got {config.kind!r}")
-        self.model: Any
-        if config.kind == "clip":
-            self.model = SmallClip.from_pretrained(config.target)
-            texts = self.model.encode_text([f"a photo of a {n}" for n in labels])
-            weights = F.normalize(texts, dim=-1) @ self.model.image_projection.weight
-        else:
-            self.model = HashNet.from_pretrained(config.target)
-            weights = self.model.centres @ self.model.head.weight
-        self.weights = weights.detach()  # (C, features): class scores of a pooled feature
+    def __init__(self, config: DenoiserTraining, pack: Collection):
+        self.tower = towers.load(config.kind, config.target)
+        self.model = self.tower.model
+        texts = towers.captions(pack) or [f"a photo of a {n}" for n in towers.classes(pack)]
+        if not texts and not self.tower.hashing:
+            raise ValueError("the photos have neither class names nor captions to train on")
+        self.texts = texts
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """(C, features): class scores of a pooled feature."""
+        return self.tower.directions(self.texts)
 
     def features(self, images: Tensor) -> Tensor:
-        """Last convolutional features (B, features, h, w)."""
-        return self.model.backbone.feature_map((images - self.model.mean) / self.model.std)
+        """Last features in their places (B, features, h, w)."""
+        return self.tower.feature_map(images)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.model.image_features(images)
+        return self.tower.encode(images)
 
     def class_weights(self, features: Tensor) -> Tensor:
         """(B, features): the class directions, weighted by the softmax of the class scores.
@@ -107,20 +113,40 @@ class _DenoiserTask:
 
     module: nn.ModuleDict
 
-    def __init__(self, config: DenoiserTraining, pack: Pack):
-        self.config, self.pack = config, pack
+    def __init__(self, config: DenoiserTraining, pack: Collection):
+        self.config, self.pack, self.device = config, pack, torch.device("cpu")
         self.rows = pack.where(lambda label, data, split: split == "train")
-        labels = sorted({n for n in pack.labels if n})
-        self.target = Target(config, labels)
+        self.target = Target(config, pack)
         held = pack.where(lambda label, data, split: split in ("val", "gallery"))
-        if not len(held):
-            raise ValueError("the pack has no held-out photos (splits val or gallery)")
+        if not len(self.rows) or not len(held):
+            raise ValueError("the pack has no training or no held-out photos (splits val, gallery)")
         seeded = torch.Generator().manual_seed(0)
         held = held[torch.randperm(len(held), generator=seeded)][: config.validation]
         self.photos = pack.batch(held, config.image_size)
-        with torch.no_grad():
-            self.clean = self.target.embed(self.photos)
-        self.attacked = self.away(self.photos, seeded)
+        self.seeded = seeded
+
+    @cached_property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the held-out photos, and these photos attacked; on the device of the
+        training, in single precision."""
+        with torch.autocast(self.device.type, enabled=False):
+            with torch.no_grad():
+                clean = self.target.embed(self.photos)
+            return clean, self.away(self.photos, self.seeded)
+
+    def to(self, device: torch.device) -> None:
+        """Move everything that takes part in a step."""
+        self.device = device
+        self.module.to(device)
+        self.target.tower.module.to(device)
+        self.photos = self.photos.to(device)
+
+    def prefetch(self, rows: Tensor) -> None:
+        self.pack.prefetch(self.rows[rows])
+
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of the attacked network."""
+        return {"target": start.digest(self.target.tower.module)}
 
     def size(self) -> int:
         return len(self.rows)
@@ -148,7 +174,7 @@ class _DenoiserTask:
         return perturb(images, approach, c.radius, c.inner_steps, generator, "l2")
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        raw = self.pack.raw(self.rows[rows])
+        raw = self.pack.raw(self.rows[rows]).to(self.device)
         return crop_flip(to_float(raw), self.config.image_size, generator)
 
     def denoise(self, images: Tensor) -> Tensor:
@@ -157,16 +183,18 @@ class _DenoiserTask:
     def validate(self) -> dict[str, float]:
         """Cosine to the clean embedding: of attacked photos, of both after denoising."""
 
+        clean, attacked = self.held
+
         def cosine(images: Tensor) -> float:
             z = torch.cat([self.target.embed(x) for x in images.split(32)])
-            return float(F.cosine_similarity(z, self.clean).mean())
+            return float(F.cosine_similarity(z, clean).mean())
 
         def denoised(images: Tensor) -> Tensor:
             return torch.cat([self.denoise(x).clamp(0, 1) for x in images.split(32)])
 
         figures = {
-            "cos_attacked": cosine(self.attacked),
-            "cos_denoised": cosine(denoised(self.attacked)),
+            "cos_attacked": cosine(attacked),
+            "cos_denoised": cosine(denoised(attacked)),
             "cos_clean_denoised": cosine(denoised(self.photos)),
         }
         return {"score": figures["cos_denoised"] + figures["cos_clean_denoised"], **figures}
@@ -187,7 +215,7 @@ class ArnTask(_DenoiserTask):
 
     MSE, KL, INVARIANCE, PIXEL, PENALTY = 200.0, 1e-6, 0.5, 0.01, 30.0
 
-    def __init__(self, config: DenoiserTraining, pack: Pack):
+    def __init__(self, config: DenoiserTraining, pack: Collection):
         net = ArnNet(NetworkConfig(config.image_size, config.width))
         code = nn.Sequential(
             nn.Conv2d(net.code, 64, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 3, 1), nn.Flatten(2)
@@ -209,12 +237,12 @@ class ArnTask(_DenoiserTask):
         natural = self.batch(rows, generator)
         groups = [natural, self.away(natural, generator), self.towards(natural, generator)]
         mean, log_variance = net.encode(torch.cat(groups))
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
         rebuilt = net.decode(mean + noise * (log_variance / 2).exp())
         mse = F.mse_loss(rebuilt, natural.repeat(3, 1, 1, 1))
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
 
-        kinds = F.one_hot(torch.arange(3), 3).float().repeat_interleave(len(natural), 0)  # (3B, 3)
+        kinds = torch.eye(3, device=mean.device).repeat_interleave(len(natural), 0)  # (3B, 3)
         told = code(mean.detach()).mean(2)
         code_loss = F.binary_cross_entropy_with_logits(told, kinds)
         confused = frozen(code)(mean).mean(2)
@@ -234,7 +262,7 @@ class ArnTask(_DenoiserTask):
 
     def _pixel_loss(self, critic, real: Tensor, fake: Tensor, generator) -> Tensor:
         gan = (F.softplus(-critic(real)) + F.softplus(critic(fake))).mean()
-        mix = torch.rand(len(real), 1, 1, 1, generator=generator)
+        mix = torch.rand(len(real), 1, 1, 1, generator=generator).to(real)
         between = (mix * real + (1 - mix) * fake).float().requires_grad_()
         with torch.autocast(between.device.type, enabled=False):  # a gradient of a gradient
             (grad,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
@@ -251,7 +279,7 @@ class CafdTask(_DenoiserTask):
 
     FEATURE, WEIGHT, GAN = 1e3, 1e-3, 5e-3
 
-    def __init__(self, config: DenoiserTraining, pack: Pack):
+    def __init__(self, config: DenoiserTraining, pack: Collection):
         net = CafdNet(NetworkConfig(config.image_size, config.width))
         self.module = nn.ModuleDict({"denoiser": net, "pixel": PixelCritic(config.width)})
         super().__init__(config, pack)

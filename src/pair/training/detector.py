@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pair.data.pack import Pack
+from pair.data.pack import Collection
 from pair.defenses.base import evasion_loss
 from pair.defenses.localise import Localiser
 from pair.defenses.network import Network, NetworkConfig
 from pair.defenses.patchzero import PatchZero, PyramidNet
 from pair.defenses.sac import Sac, UNet
+from pair.training import start, towers
 from pair.training.augment import crop_flip, to_float
-from pair.training.crafted import KINDS, build_bank, craft, draw, paste, victims
+from pair.training.crafted import KINDS, Bank, build_bank, craft, draw, paste, victims
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,19 @@ class DetectorTraining:
     validation: int = 64  # held-out photos
     lr: float = 1e-4
 
+    @property
+    def photo_side(self) -> int:
+        """Side at which photos are decoded when they come from a data set."""
+        return self.image_size * 8 // 7
+
 
 class _DetectorTask:
     """See :class:`pair.training.loop.Task`."""
 
     network: ClassVar[type[Network]]
 
-    def __init__(self, config: DetectorTraining, pack: Pack):
-        self.config, self.pack = config, pack
+    def __init__(self, config: DetectorTraining, pack: Collection):
+        self.config, self.pack, self.device = config, pack, torch.device("cpu")
         if config.init:
             self.module = self.network.from_pretrained(config.init).requires_grad_(True)
             if self.module.config.image_size != config.image_size:
@@ -64,20 +71,53 @@ class _DetectorTask:
             self.module = self.network(NetworkConfig(config.image_size, config.width))
         self.rows = pack.where(lambda label, data, split: split == "train")
         held = pack.where(lambda label, data, split: split in ("val", "gallery"))
-        if not len(held):
-            raise ValueError("the pack has no held-out photos (splits val or gallery)")
-        seeded = torch.Generator().manual_seed(0)
-        held = held[torch.randperm(len(held), generator=seeded)][: config.validation]
-        labels = sorted({n for n in pack.labels if n})
-        self.victims = victims(config.clip, config.csq, labels, held_out=False)
-        made = (config.low, config.high, config.craft_steps, config.craft_step)
-        chosen = self.rows[torch.randperm(len(self.rows), generator=seeded)][: config.bank]
-        photos = pack.batch(chosen, config.image_size)
-        self.bank = build_bank(photos, self.victims, *made, generator=seeded)
-        # Validation: other photos, other classes, other codes.
+        if not len(self.rows) or not len(held):
+            raise ValueError("the pack has no training or no held-out photos (splits val, gallery)")
+        self.seeded = torch.Generator().manual_seed(0)
+        held = held[torch.randperm(len(held), generator=self.seeded)][: config.validation]
+        labels, said = towers.classes(pack), towers.captions(pack)
+        self.victims, self.unseen_victims = (
+            victims(config.clip, config.csq, labels, side, said) for side in (False, True)
+        )
+        chosen = self.rows[torch.randperm(len(self.rows), generator=self.seeded)][: config.bank]
+        self.sources = pack.batch(chosen, config.image_size)
         self.photos = pack.batch(held, config.image_size)
-        unseen = victims(config.clip, config.csq, labels, held_out=True)
-        self.unseen = build_bank(self.photos, unseen, *made, generator=seeded)
+
+    @cached_property
+    def banks(self) -> tuple[Bank, Bank]:
+        """Patches to train on and, of other photos, classes and codes, to validate on. Made when
+        they are first needed, on the device of the training, in single precision."""
+        c = self.config
+        made = (c.low, c.high, c.craft_steps, c.craft_step)
+        with torch.autocast(self.device.type, enabled=False):
+            known = build_bank(self.sources, self.victims, *made, generator=self.seeded)
+            unseen = build_bank(self.photos, self.unseen_victims, *made, generator=self.seeded)
+        del self.sources
+        return known, unseen
+
+    @property
+    def bank(self) -> Bank:
+        return self.banks[0]
+
+    @property
+    def unseen(self) -> Bank:
+        return self.banks[1]
+
+    def to(self, device: torch.device) -> None:
+        """Move everything that takes part in a step."""
+        self.device = device
+        self.module.to(device)
+        self.sources, self.photos = self.sources.to(device), self.photos.to(device)
+        for victim in (*self.victims, *self.unseen_victims):
+            victim.to(device)
+
+    def prefetch(self, rows: Tensor) -> None:
+        self.pack.prefetch(self.rows[rows])
+
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of what the settings name, before the first step."""
+        found = {"csq" if v.hashing else "clip": start.digest(v.module) for v in self.victims}
+        return {**found, "init": start.digest(self.module)} if self.config.init else found
 
     def size(self) -> int:
         return len(self.rows)
@@ -95,7 +135,8 @@ class _DetectorTask:
 
     def loss(self, rows: Tensor, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         c = self.config
-        images = crop_flip(to_float(self.pack.raw(self.rows[rows])), c.image_size, generator)
+        raw = self.pack.raw(self.rows[rows]).to(self.device)
+        images = crop_flip(to_float(raw), c.image_size, generator)
         contents = draw(self.bank, len(images), c.clean, generator)
         patched, masks = paste(images, contents, generator)
         if float(torch.rand(1, generator=generator)) < c.adaptive:

@@ -318,6 +318,8 @@ def _step(
     if not cut:
         parallel.average_gradients(world, task.module.parameters())
         parallel.average_buffers(world, task.module)
+    if told := getattr(task, "stepped", None):  # what a task remembers from step to step
+        told({key: float(parallel.total(world, v)) for key, v in losses.items()})
     done = precision.unscale(optimizers)
     if config.clip_grad and done:
         nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_grad)
