@@ -71,7 +71,8 @@ def checks_of(
         )
         if c.name not in ("S4", "S5", "S8")
     ]  # fmt: skip
-    # What a step averages: all pictures, each under masks of its own.
+    # What a step averages: so many pictures, each under masks of its own.
+    pictures = pictures[: notes["config"].get("carriers") or len(pictures)]
     drawn = EOT(victim.features, search.samples(bench.settings_of(cell.row)))
     for at, shown in (("step 0", start), ("final patch", patch)):
         found.append(sanity.s5_agreement(_gradient(drawn, pictures, goal, shown), at))

@@ -192,7 +192,8 @@ def _amount(bench: Bench, cell: Cell, shared: set[str]) -> tuple[int, int, int]:
         return _rung_amount(bench, cell)
     noisy = row.defense.startswith(("pair", "mae"))
     text_steps = s.random_steps if noisy and s.random_steps else s.steps
-    steps, batch = (s.hash_steps, s.sources) if hashing else (text_steps, s.ads)
+    few = s.random_ads if noisy and s.random_ads else s.ads
+    steps, batch = (s.hash_steps, s.sources) if hashing else (text_steps, few)
     static = (s.hash_static if hashing else s.static_steps) * batch
     place = f"{cell.unit} {row.attack}"
     if place in shared:

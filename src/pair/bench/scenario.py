@@ -62,6 +62,7 @@ class Settings:
     static_steps: int = 300  # against the undefended search, in the paper's own settings
     steps: int = 100  # against a defense
     random_steps: int = 0  # against a random one, whose gradients are noise; 0 = steps
+    random_ads: int = 0  # and so many advertisements per step, drawn anew; 0 = all
     eot: int = 1
     lr: float = 0.05
     schedule: str = "cosine"

@@ -83,11 +83,12 @@ def start_patch(attack: dict[str, Any], s: Settings, start: str, seed: int) -> P
 
 def adaptive_config(s: Settings, search: Search) -> TTHConfig:
     steps = (s.random_steps or s.steps) if search.random else s.steps
+    few = min(s.random_ads, s.ads) if search.random and s.random_ads else None
     if isinstance(search, CertifiedSearch):
         steps = s.member_steps
     return TTHConfig(
         steps=steps, lr=s.lr, schedule=s.schedule, distortion=s.distortion, eot=search.samples(s),
-        start=s.start, size=s.size, retry=False,
+        start=s.start, size=s.size, retry=False, carriers=few,
     )  # fmt: skip
 
 
