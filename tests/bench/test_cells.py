@@ -146,6 +146,17 @@ def test_levelling_off_is_judged_under_equal_draws():
     assert gain_of(victim, goal, images, stages[2], backwards, seed=5, draws=4) is None
 
 
+def test_random_defenses_are_attacked_in_more_and_smaller_steps(tmp_path):
+    bench = bench_at("table1", tmp_path, steps=2, random_steps=5, random_ads=1)
+    for row in bench.scenario.rows:
+        if row.defense not in ("none", "pair"):
+            continue
+        notes = text.adaptive_patch(bench, row, "laptop")[1]
+        drawn = row.defense == "pair"
+        assert notes["steps"] == (5 if drawn else 2)
+        assert notes["gradients"] == (5 if drawn else 2 * bench.settings.ads)
+
+
 def certified_photos(tmp_path):
     bench = bench_at("table2", tmp_path)
     row = next(r for r in bench.scenario.rows if r.defense == "certified")

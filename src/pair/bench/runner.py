@@ -194,7 +194,7 @@ def _amount(bench: Bench, cell: Cell, shared: set[str]) -> tuple[int, int, int]:
     text_steps = s.random_steps if noisy and s.random_steps else s.steps
     few = s.random_ads if noisy and s.random_ads else s.ads
     steps, batch = (s.hash_steps, s.sources) if hashing else (text_steps, few)
-    static = (s.hash_static if hashing else s.static_steps) * batch
+    static = s.hash_static * s.sources if hashing else s.static_steps * s.ads
     place = f"{cell.unit} {row.attack}"
     if place in shared:
         static = 0
