@@ -183,7 +183,7 @@ def imagenet100(root: Path, train: int = 3, val: int = 1) -> None:
 
 
 def caltech101(root: Path) -> None:
-    classes = {"accordion": 62, "bonsai": 20, "Leopards": 18, "Faces": 2, "BACKGROUND_Google": 70}
+    classes = {"accordion": 62, "bonsai": 61, "Leopards": 18, "Faces": 2, "BACKGROUND_Google": 70}
     for k, (name, count) in enumerate(classes.items()):
         for i in range(1, count + 1):
             data = photo(_colour(k), 1000 * k + i)

@@ -37,7 +37,7 @@ ROWS = [
     ("flickr30k-kaggle", "flickr30k", "paper", {"photos": 20, "captions": 100}),
     ("flickr30k-hub", "flickr30k", "paper", {"photos": 20, "captions": 100}),
     ("imagenet100", "imagenet100", "hashnet", {"train": 100, "query": 100, "database": 300}),
-    ("caltech101", "caltech101", "shipped", {"ads": 68, "gallery": 48, "query": 8}),
+    ("caltech101", "caltech101", "shipped", {"ads": 68, "gallery": 48, "query": 16}),
     ("imagenette", "imagenette", "own", {"train": 40, "val": 20, "classes": 10}),
     ("folder", "folder", "plain", {"photos": 24, "train": 23, "val": 1, "captions": 48}),
     ("classes", "folder", "classes", {"photos": 30, "query": 5, "gallery": 5, "classes": 5}),

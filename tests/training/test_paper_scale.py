@@ -111,6 +111,7 @@ def test_hash_networks_train_from_data_sets(data, miniatures, tmp_path):
     best = run("csq-paper", recipe, [data.format(miniatures)], tmp_path / "run", echo=quiet)
     config = json.loads((best / "config.json").read_text())
     assert 2 <= len(config["model"]["classes"]) <= 100
+    assert "`pair train csq-paper --recipe r.toml`" in card("mine", config)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_an_open_clip_model_as_discriminator(tiny_clip, miniatures, tmp_path):
 
 
 @pytest.mark.integration
-def test_fine_tuned_clip_is_read_by_open_clip(tiny_clip, miniatures, tmp_path):
+def test_fine_tuned_clip_is_read_by_open_clip(pair, tiny_clip, miniatures, tmp_path):
     recipe = write(
         tmp_path / "r.toml",
         f'model = "open_clip:local-dir:{tiny_clip}"\nimage_size = 24\nlr = 1e-3\n',
@@ -272,6 +273,13 @@ def test_fine_tuned_clip_is_read_by_open_clip(tiny_clip, miniatures, tmp_path):
         "photos",
         "model",
     }
+    code, out, _ = pair("models", "publish", best, "--name", "tuned", "--out", tmp_path / "models")
+    assert code == 0 and "tuned: clip-paper" in out
+    published = tmp_path / "models" / "tuned"
+    told = (published / "README.md").read_text()
+    assert "`pair train clip-paper --recipe r.toml`, starting from `open_clip:local-dir:" in told
+    again = start.open_clip(f"local-dir:{published}")
+    torch.testing.assert_close(again.encode_image(images), after.encode_image(images))
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,14 @@ def publish(
     import os
     import shutil
 
-    from pair import hub
-    from pair.training.cards import card, describe
+    from pair.training.cards import card, describe, parts
 
     config = describe(folder)
     target = out / name
     fresh = out / f".{name}.partial"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for part in (hub.CONFIG, hub.WEIGHTS):
+    for part in parts(folder):
         shutil.copyfile(folder / part, fresh / part)
     (fresh / "README.md").write_text(card(name, config))
     shutil.rmtree(target, ignore_errors=True)

@@ -24,6 +24,10 @@ WHAT = {
         "It separates the 109 classes that it was trained on. A target for experiments. "
         "Started from a small CLIP, it is no stranger to a generator trained with that CLIP.",
     ),
+    "clip-paper": (
+        "Text-image encoder of open_clip, fine-tuned on photos with captions",
+        "Nobody has described them: say here what it was tested for and what it fails at.",
+    ),
     "sac": (
         "Patch segmenter of SAC: a U-Net that marks the pixels of square adversarial patches",
         "It knows squares of noise, QR codes and PGD patches. Whoever attacks it finds others.",
@@ -63,9 +67,21 @@ DATA = [
 OURS = {"caltech101", "imagenette", "flickr8k"}  # what the shipped models were trained on
 
 
+RECORD = "training.json"
+OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
+
+
+def parts(folder: Path) -> tuple[str, ...]:
+    """Names of the files that make up a trained model."""
+    return (*OPEN_CLIP, RECORD) if (folder / OPEN_CLIP[0]).is_file() else (hub.CONFIG, hub.WEIGHTS)
+
+
 def describe(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model folder of any kind."""
-    path = folder / hub.CONFIG
+    """The parsed ``config.json`` of a model folder of any kind; of a folder of open_clip, what its
+    training wrote down."""
+    path, record = folder / hub.CONFIG, folder / RECORD
+    if not path.is_file() and record.is_file() and (folder / OPEN_CLIP[0]).is_file():
+        return {"kind": "clip-paper", **json.loads(record.read_text())}
     if not path.is_file():
         raise hub.ModelError(f"{folder} has no {hub.CONFIG}: it is not a model folder")
     return json.loads(path.read_text())
@@ -93,13 +109,15 @@ def card(name: str, config: dict[str, Any]) -> str:
             "Only photos with a class name were used: no faces, no background, no Flickr8k.",
             "",
         ]
-    start = run.get("task", {}).get("init")
+    task = run.get("task", {})
+    start = task.get("init") or (kind == "clip-paper" and task.get("model"))
+    trained = "csq-paper" if kind == "csq" and "backbone" in task else kind
     origin = f"starting from `{start}`" if start else "from random weights"
     recipe = ("configs/small/" if ours else "") + config.get("recipe", "")
     lines += [
         "## Recipe",
         "",
-        f"`pair train {kind} --recipe {recipe}`, {origin}",
+        f"`pair train {trained} --recipe {recipe}`, {origin}",
         "",
         f"{run.get('images_seen', 0):,} images in {run.get('step', 0):,} steps; "
         f"{run.get('seconds', 0) / 60:.0f} minutes"

@@ -13,6 +13,7 @@ from pair.checkpoints import PICKLED, from_hf_vitmae, from_meta_mae
 from pair.files import write_atomic
 from pair.masks import ExactCount
 from pair.purifier import Purifier
+from pair.training.cards import parts
 
 RECORD = "source.json"
 USEFUL = (
@@ -77,7 +78,7 @@ def upload(folder: Path, repository: str) -> str:
         raise ValueError(
             f"uploading needs huggingface_hub ({error}): pip install 'pair-retrieval[hub]'"
         ) from error
-    files = [hub.CONFIG, hub.WEIGHTS, hub.CARD]
+    files = [*parts(folder), hub.CARD]
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
