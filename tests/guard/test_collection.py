@@ -66,6 +66,40 @@ def purified(names, path: Path) -> torch.Tensor:
         return purifier(image, generator=torch.Generator().manual_seed(seed))
 
 
+def test_features_of_several_draws_are_averaged(tmp_path, names, photos):
+    models = Models.load(**names, draws=3)
+    made = Collection.create(str(tmp_path / "c"), models, seed=5)
+    made.add(photos[0], photos[1])
+    clip, csq = (
+        SmallClip.from_pretrained(names["encoder"]),
+        HashNet.from_pretrained(names["hasher"]),
+    )
+    purifier = Purifier.from_pretrained(names["purifier"])
+    rows = {r.uri: r for part in made.store.rows(("vector", "vector_raw", "code")) for r in part}
+    for path in photos[:2]:
+        seed = image_seed(5, hashlib.sha256(path.read_bytes()).hexdigest())
+        source = torch.Generator().manual_seed(seed)
+        image = load_image(path, size=32)[None]
+        with torch.no_grad():
+            draws = [purifier(image, generator=source) for _ in range(3)]
+            vector = unit(torch.stack([clip.encode_image(x) for x in draws]).mean(0))[0]
+            code = torch.stack([csq.encode_image(x) for x in draws]).mean(0)[0] > 0
+            raw = unit(clip.encode_image(image))[0]
+        row = rows[str(path)]
+        np.testing.assert_allclose(row.vector, vector, atol=1e-5)
+        np.testing.assert_allclose(row.vector_raw, raw, atol=1e-5)
+        np.testing.assert_array_equal(row.code, np.packbits(code.numpy()))
+    # The collection remembers how many, and refuses models with another number.
+    again = Collection.open(made.uri)
+    assert again.models.draws == 3
+    hits = again.search_image(photos[0], 2, defend="both")
+    assert {hit.uri for hit in hits} == set(map(str, photos[:2]))
+    with pytest.raises(ValueError, match="made with another purifier"):
+        Collection.open(made.uri, Models.load(**names))
+    with pytest.raises(ValueError, match="purifications, 1 or more of a purifier"):
+        Models.load(names["encoder"], None, None, draws=2)
+
+
 def test_stored_rows_equal_a_loop_over_the_pictures(collection, photos, names):
     clip, csq = (
         SmallClip.from_pretrained(names["encoder"]),

@@ -34,6 +34,9 @@ def create(
     ] = "clip-small",
     hasher: Annotated[str, typer.Option(help="Hash network: name, folder, or none.")] = "none",
     purifier: Annotated[str, typer.Option(help="Generator: name, folder, or none.")] = "pair-small",
+    draws: Annotated[
+        int, typer.Option(min=1, help="Purifications per picture, averaged; the paper has 1.")
+    ] = 1,
     field: Annotated[
         list[str] | None,
         typer.Option(help="Metadata that filters may use, as name:type (str, int, float, bool)."),
@@ -59,7 +62,7 @@ def create(
         fields[name] = kind or "str"
     names = {"encoder": encoder, "hasher": hasher, "purifier": purifier}
     asked = [None if name == "none" else name for name in names.values()]
-    models = Models.load(*asked)
+    models = Models.load(*asked, draws=draws)
     made = Collection.create(
         uri, models, fields=fields, seed=seed, root=root, approximate_from=approximate_from
     )
@@ -207,7 +210,9 @@ def _facts(facts: Info) -> Iterator[tuple[str, str]]:
         )
         + (", raw and purified" if "purifier" in facts.models else ", raw"),
     )
-    yield "masks", "secret" if facts.seed == "secret" else f"derived from seed {facts.seed}"
+    masks = "secret" if facts.seed == "secret" else f"derived from seed {facts.seed}"
+    draws = facts.models.get("purifier", {}).get("draws", "1")
+    yield "masks", masks if draws == "1" else f"{masks}; features of {draws} draws are averaged"
     if facts.fields:
         yield "fields", ", ".join(f"{name} ({kind})" for name, kind in facts.fields.items())
     if facts.root:

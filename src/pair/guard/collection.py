@@ -157,7 +157,8 @@ class Collection:
             if unnamed := [role for role, m in named.items() if not m["name"]]:
                 raise ValueError(f"the {unnamed[0]} of {self.uri} has no name: pass models=")
             names = {role: named[role]["name"] if role in named else None for role in ROLES}
-            models = Models.load(**names, device=self.device)
+            draws = int(named.get("purifier", {}).get("draws", 1))
+            models = Models.load(**names, draws=draws, device=self.device)
             self._check(models)
             self._models = models
         return self._models

@@ -44,16 +44,24 @@ class Features:
 
 @dataclass
 class Models:
-    """``Models.load()`` by names, or ``Models(encoder=mine)`` with objects of your own."""
+    """``Models.load()`` by names, or ``Models(encoder=mine)`` with objects of your own.
+
+    ``draws``: purifications of a picture whose features are averaged before they are normalised
+    or cut to bits. The paper has one; more cost as many times as much and keep more of the clean
+    results.
+    """
 
     encoder: Any = None
     hasher: Any = None
     purifier: Purifier | None = None
     names: dict[str, str] = field(default_factory=dict)
+    draws: int = 1
 
     def __post_init__(self) -> None:
         if self.encoder is None and self.hasher is None:
             raise ValueError("a collection needs an encoder, a hash network, or both")
+        if self.draws < 1 or (self.draws > 1 and self.purifier is None):
+            raise ValueError(f"draws are purifications, 1 or more of a purifier: got {self.draws}")
         self._prints: dict[str, str] = {}
 
     @classmethod
@@ -63,13 +71,14 @@ class Models:
         hasher: str | None = None,
         purifier: str | None = "pair-small",
         *,
+        draws: int = 1,
         device: str = "cpu",
     ) -> Models:
         """Load by shipped name, folder or hub repository; ``open_clip:NAME@PRETRAINED`` too."""
         given = {"encoder": encoder, "hasher": hasher, "purifier": purifier}
         names = {role: name for role, name in given.items() if name}
         made: dict[str, Any] = {role: _load(role, name) for role, name in names.items()}
-        models = cls(**made, names=names)
+        models = cls(**made, names=names, draws=draws)
         models.to(device)
         return models
 
@@ -97,16 +106,22 @@ class Models:
         if model is None:
             return ""
         if role not in self._prints:
-            self._prints[role] = fingerprint(model)
+            text = fingerprint(model)
+            if role == "purifier" and self.draws > 1:
+                text = hashlib.sha256(f"{text}, {self.draws} draws".encode()).hexdigest()[:16]
+            self._prints[role] = text
         return self._prints[role]
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """role -> name and fingerprint, as it is stored in a collection."""
-        return {
+        """role -> name and fingerprint, as it is stored in a collection; draws where several."""
+        found = {
             role: {"name": self.names.get(role, ""), "fingerprint": self.fingerprint(role)}
             for role in ROLES
             if getattr(self, role) is not None
         }
+        if self.draws > 1:
+            found["purifier"]["draws"] = str(self.draws)
+        return found
 
     def views(self, picture: Picture) -> list[Tensor]:
         """What each model (encoder, hasher) sees of a decoded picture; equal views once."""
@@ -145,33 +160,52 @@ class Models:
         """
         out = Features()
         order: list[Any] = []
-        clean: dict[int, Tensor] = {}
+        clean: dict[int, list[Tensor]] = {}
         for model in self.targets():
             key = _view_key(model)
             if key not in order:
                 order.append(key)
             at = order.index(key)
-            x = views[at].to(_device(model))
+            x = views[at]
             name = "vector" if model is self.encoder else "code"
             if raw:
-                setattr(out, f"{name}_raw", self._encode(model, x))
+                setattr(out, f"{name}_raw", self._encode(model, [x]))
             if purified and self.purifier is not None:
                 if at not in clean:
-                    clean[at] = self.purify(views[at], seeds)
-                setattr(out, name, self._encode(model, clean[at].to(_device(model))))
+                    clean[at] = self.purifications(views[at], seeds)
+                setattr(out, name, self._encode(model, clean[at]))
         return out
 
-    @torch.no_grad()
     def purify(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, 3, S, S), a mask per image from its own seed."""
-        assert self.purifier is not None
-        draws: Sequence[int | None] = seeds or [None] * len(images)
-        # Drawn on the CPU wherever the model is: the same seed is the same mask on every device.
-        masks = [self.purifier.draw_mask(1, mask_generator(seed))[0] for seed in draws]
-        return self.purifier(images.to(_device(self.purifier)), mask=torch.stack(masks))
+        return self.purifications(images, seeds, 1)[0]
 
-    def _encode(self, model: Any, images: Tensor) -> np.ndarray:
-        outputs = model.encode_image(images).float().cpu()
+    @torch.no_grad()
+    def purifications(
+        self, images: Tensor, seeds: Sequence[int] | None = None, draws: int | None = None
+    ) -> list[Tensor]:
+        """``draws`` (default: as many as are averaged) times (B, 3, S, S).
+
+        The masks of an image come one after the other from its own seed.
+        """
+        assert self.purifier is not None
+        n = draws or self.draws
+        # Drawn on the CPU wherever the model is: the same seed is the same mask on every device.
+        asked: Sequence[int | None] = seeds or [None] * len(images)
+        sources = [self.source(seed) for seed in asked]
+        masks = torch.stack([self.purifier.draw_mask(n, source) for source in sources], 1)
+        images = images.to(_device(self.purifier))
+        return [self.purifier(images, mask=mask) for mask in masks]
+
+    def source(self, seed: int | None) -> torch.Generator:
+        """What an image's masks are drawn from."""
+        return mask_generator(seed)
+
+    def _encode(self, model: Any, draws: list[Tensor]) -> np.ndarray:
+        """Stored rows for the features of images, averaged over their draws."""
+        device = _device(model)
+        outputs = torch.stack([model.encode_image(x.to(device)).float().cpu() for x in draws])
+        outputs = outputs.mean(0)
         if model is self.encoder:
             return F.normalize(outputs, dim=1).numpy()
         return pack(outputs)

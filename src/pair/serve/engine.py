@@ -23,7 +23,7 @@ from pair.serve.problems import Problem
 from pair.serve.settings import Limits
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-KINDS = {"embedding": "vector_raw", "code": "code_raw"}
+KINDS = {"embedding": "vector", "code": "code"}
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Engine:
         collection: Collection | None = None,
         examiner: Examiner | None = None,
     ):
-        parts = (models.encoder, models.hasher, models.purifier)
-        self.models = SecretModels(*parts, names=models.names)
+        purifying: dict[str, Any] = {"purifier": models.purifier, "draws": models.draws}
+        self.models = SecretModels(models.encoder, models.hasher, names=models.names, **purifying)
         self.collection, self.examiner = collection, examiner
         self.parts: dict[str, Models] = {}
         if models.encoder is not None:
-            self.parts["embedding"] = Models(encoder=models.encoder)
+            self.parts["embedding"] = SecretModels(encoder=models.encoder, **purifying)
         if models.hasher is not None:
-            self.parts["code"] = Models(hasher=models.hasher)
+            self.parts["code"] = SecretModels(hasher=models.hasher, **purifying)
 
     @classmethod
     def load(
@@ -132,10 +132,9 @@ class Engine:
         views = torch.stack(payloads)
         if work.what == "purify":
             return list(self.models.purify(views).float().cpu())
-        if work.purified:
-            views = self.models.purify(views)
-        features = self.part(work.what).features([views], raw=True, purified=False)
-        return list(getattr(features, KINDS[work.what]))
+        part, name = self.part(work.what), KINDS[work.what]
+        features = part.features([views], raw=not work.purified, purified=work.purified)
+        return list(getattr(features, name if work.purified else f"{name}_raw"))
 
     def search(
         self, row: np.ndarray, what: str, defend: str | None, k: int, where: str | None
