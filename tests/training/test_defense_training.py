@@ -126,6 +126,22 @@ def test_a_few_steps_and_a_loadable_model(kind, changes, root, pack, tmp_path):
     assert figures and all(np.isfinite(v) for v in figures.values())
 
 
+@pytest.mark.parametrize("kind", ["sac", "patchzero", "at", "hm", "arn", "cafd"])
+def test_all_train_in_half_precision(kind, root, pack, tmp_path):
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        task = KINDS[kind][1](settings(kind, root), pack)
+        loop = LoopConfig(
+            steps=2, batch_size=6, warmup=1, val_every=2, log_every=1, precision=precision
+        )
+        train(task, loop, tmp_path / precision, echo=lambda _: None)
+        lines = (tmp_path / precision / "log.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(x)["loss"] for x in lines if "loss" in json.loads(x)]
+        assert all(bool(torch.isfinite(v).all()) for v in task.module.state_dict().values())
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["sac", "hm", "arn"])
 def test_a_run_cut_in_two_ends_in_the_same_weights(kind, root, pack, tmp_path):
     def run(out, stops):

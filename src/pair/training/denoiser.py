@@ -61,8 +61,9 @@ class Target:
 
     @cached_property
     def weights(self) -> Tensor:
-        """(C, features): class scores of a pooled feature."""
-        return self.tower.directions(self.texts)
+        """(C, features): class scores of a pooled feature, in single precision."""
+        with torch.autocast(self.model.mean.device.type, enabled=False):
+            return self.tower.directions(self.texts)
 
     def features(self, images: Tensor) -> Tensor:
         """Last features in their places (B, features, h, w)."""
