@@ -137,8 +137,8 @@ def main() -> int:
         "rows": rows,
         "note": f"Computed, not measured: operations / ({SHARE:.0%} of the peak). One step of "
         f"Base takes {step / 1e9:.0f} GFLOP an image, {critic / 1e9:.0f} of them for the "
-        "discriminator. Activations come on top of the weights. Convolutions of small networks reach less of the peak. Baselines "
-        "train as long as their recipes say, which is our choice.",
+        "discriminator. Activations come on top of the weights. Convolutions of small networks "
+        "reach less of the peak. Baselines train as long as their recipes say: our choice.",
     }
     write_atomic(
         ROOT / "results" / "paper-cost.json", (json.dumps(result, indent=1) + "\n").encode()

@@ -48,7 +48,7 @@ class AdversarialTraining:
     @property
     def photo_side(self) -> int:
         """Side at which photos of a data set are decoded, until the target is known."""
-        return self.side(112)
+        return self.side(224)
 
     @staticmethod
     def side(image_size: int) -> int:
