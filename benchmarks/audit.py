@@ -50,6 +50,7 @@ from pair.images import decode, save_image, shrink
 
 SIZE, SHARE, BUDGET, SEED = 112, 0.35, 0.01, 7
 PENALTY, MARGIN = 20.0, 0.9  # the audit's attackers stay below this share of every threshold
+CARRIERS = 4  # advertisements per step of the attacks through the purifier, drawn anew
 KINDS = ("no patch", "does not know", "knows PAIR", "knows the audit", "knows PAIR and the audit")
 ADAM = TTHConfig(distortion=0.0, lr=0.03, schedule="cosine", retry=False, start="grey",
                  precision="bf16")  # fmt: skip
@@ -96,13 +97,16 @@ class Bench:
             with torch.no_grad():
                 target = encoder.encode_text(sentences([keyword], TRAIN_TEMPLATES)).mean(0)
             steps = self.args.steps[KINDS.index(kind) - 1]
-            features, goal = encoder, TextGoal(target)
-            if kind == "knows PAIR":
+            features, goal, carriers = encoder, TextGoal(target), min(CARRIERS, len(self.ads))
+            if kind == "does not know":
+                carriers = len(self.ads)
+            elif kind == "knows PAIR":
                 features = pipeline(encoder, purifier)
-            elif kind != "does not know":
-                features = Seen(encoder, purifier)
+            else:
+                features = Seen(encoder, purifier, self.ads)
                 goal = Quiet(self, target, purified=kind == KINDS[-1])
-            result = tth(features, self.ads, goal, config=replace(ADAM, steps=steps),
+            config = replace(ADAM, steps=steps, carriers=carriers)
+            result = tth(features, self.ads, goal, config=config,
                          generator=torch.Generator().manual_seed(1),
                          progress=lambda step, total, loss: print(
                              f"  {keyword}, {kind}: step {step} of {total}, loss {loss:.3f}   ",
@@ -158,16 +162,20 @@ class Bench:
 
 
 class Seen:
-    """What an audit looks at: (B, 3 D), the unit features of a picture and of two draws of it."""
+    """What an audit looks at: (B, 3 D + 1), the unit features of a picture and of two draws of it,
+    and which advertisement it is (told by its lower half, where no patch lies)."""
 
-    def __init__(self, encoder, purifier):
+    def __init__(self, encoder, purifier, ads: Tensor):
         self.encoder, self.purifier = encoder, purifier
+        self.half = ads.shape[-2] // 2
+        self.parts = ads[:, :, self.half :].flatten(1)
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         count = len(images)
         drawn = self.purifier.draws(images, 2, generator=generator).flatten(0, 1)
         z = F.normalize(self.encoder.encode_image(torch.cat([images, drawn])).float(), dim=1)
-        return torch.cat(z.split(count), 1)
+        which = torch.cdist(images[:, :, self.half :].flatten(1), self.parts).argmin(1)
+        return torch.cat([*z.split(count), which[:, None].to(z)], 1)
 
 
 class Quiet:
@@ -186,10 +194,11 @@ class Quiet:
             self.floor = (views @ self.queries.T).amin(1)  # (B, Q)
 
     def __call__(self, outputs: Tensor) -> Tensor:
-        plain, one, two = outputs.chunk(3, 1)
+        plain, one, two = outputs[:, :-1].chunk(3, 1)
+        floor = self.floor[outputs[:, -1].long()]
         clean = F.normalize(one + two, dim=1)
         aim = (one + two) / 2 if self.purified else plain
-        drop = (plain @ self.queries.T - self.floor).amax(1) - self.bars["drop"]
+        drop = (plain @ self.queries.T - floor).amax(1) - self.bars["drop"]
         shift = 1 - (plain * clean).sum(1) - self.bars["shift"]
         spread = 1 - (one * two).sum(1) - self.bars["spread"]
         excess = drop.clamp(min=0) + shift.clamp(min=0) + spread.clamp(min=0)
@@ -273,7 +282,7 @@ def main() -> int:
     parser.add_argument("--gallery", type=int, default=368, help="clean photos in the gallery")
     parser.add_argument("--clean", type=int, default=440, help="clean photos for the thresholds")
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs=4, default=(150, 150, 150, 150),
+    parser.add_argument("--steps", type=int, nargs=4, default=(100, 150, 120, 120),
                         help="of each attacker")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/audit"))
@@ -290,7 +299,7 @@ def main() -> int:
         "patch": SHARE, "ads": args.ads, "gallery": args.gallery, "clean": args.clean,
         "draws": args.draws, "steps": dict(zip(KINDS[1:], args.steps, strict=True)),
         "attack": "Adam, lr 0.03 falling by a cosine, no distortion, bf16 gradients",
-        "penalty": PENALTY, "margin": MARGIN, "thresholds": bench.bars,
+        "carriers": CARRIERS, "penalty": PENALTY, "margin": MARGIN, "thresholds": bench.bars,
     }  # fmt: skip
     if args.out.is_file():
         earlier = json.loads(args.out.read_text())

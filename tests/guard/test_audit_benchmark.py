@@ -68,19 +68,22 @@ def test_the_quiet_attacker_stays_below_the_thresholds(small, tmp_path):
     bench = audit.Bench(args)
     encoder, purifier = bench.models.encoder, bench.models.purifier.differentiable()
     target = torch.from_numpy(bench.models.text(["red"]))[0]
-    seen = audit.Seen(encoder, purifier)
+    seen = audit.Seen(encoder, purifier, bench.ads)
     quiet = audit.Quiet(bench, target, purified=False)
     with torch.no_grad():
         outputs = seen(bench.ads, generator=torch.Generator().manual_seed(0))
         plain = torch.stack([torch.from_numpy(f.plain) for f in bench.auditor.examine(
             bench.ads, ["a", "b", "c"], seeds=[1, 2, 3])])  # fmt: skip
     assert torch.allclose(outputs[:, :16], plain, atol=1e-5)
+    assert outputs[:, -1].tolist() == [0, 1, 2]
     # A bar that the unpatched picture exceeds costs, and is paid down.
     quiet.bars = {"drop": -1.0, "shift": 2.0, "spread": 2.0}
     drop = (plain @ bench.auditor.queries.T - quiet.floor).amax(1)
     cost = 1 - plain @ target + audit.PENALTY * (drop + 1)
     assert torch.allclose(quiet(outputs), cost, atol=1e-4)
-    config = TTHConfig(steps=20, lr=0.05, distortion=0.0, schedule="constant", retry=False)
+    config = TTHConfig(
+        steps=20, lr=0.05, distortion=0.0, schedule="constant", retry=False, carriers=2
+    )
     result = tth(seen, bench.ads, quiet, config=config)
     assert result.losses[-1] < result.losses[0]
 
