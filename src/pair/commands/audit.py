@@ -28,9 +28,9 @@ def audit(
     ] = 0.01,
     draws: Annotated[int, typer.Option(min=2, help="Purifications per picture.")] = 4,
     patch: Annotated[float, typer.Option(help="Largest patch, as a share of the side.")] = 0.35,
-    views: Annotated[int, typer.Option(min=4, help="Most windows.")] = 9,
+    views: Annotated[int, typer.Option(min=4, help="Windows, at most.")] = 9,
     delta: Annotated[
-        float, typer.Option(min=0, help="Loss of score with one window that a hit may have.")
+        float, typer.Option(min=0, help="How much score a hit may lose with one window.")
     ] = 0.2,
     top: Annotated[int, typer.Option(min=1, help="What counts as a hit: the top K.")] = 10,
     shown: Annotated[int, typer.Option(min=0, help="Pictures on the page.")] = 50,
@@ -46,12 +46,12 @@ def audit(
 ) -> None:
     """Rank pictures by what purification does to them, with thresholds from clean ones.
 
-    Writes audit.html (with heat maps), audit.json and audit.csv. Stop it at any time; the same
-    command continues where it was. These are heuristics: a patch made with knowledge of them can
-    evade them.
+    Writes audit.html (with heat maps), audit.json and audit.csv.
+    Stop it at any time; the same command continues where it was.
+    These are heuristics: a patch made with knowledge of them can evade them.
 
-    Exit code: 0 no alarm, 3 alarms, 1 some files could not be read (and no alarm), 2 wrong usage,
-    130/143 stopped by SIGINT/SIGTERM.
+    Exit code: 0 no alarm, 3 alarms, 1 some files could not be read (and no
+    alarm), 2 wrong usage, 130/143 stopped by SIGINT/SIGTERM.
     """
     import torch
     from rich.console import Console

@@ -44,8 +44,10 @@ def bench(
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw the curves.")] = True,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 1,
 ) -> None:
-    """Measure clean and certified retrieval on the embedded photos, the strongest attack beside
-    it, and the cost. Stop any time; the same command continues."""
+    """Measure the certified mode on the embedded photos: accuracy, bounds, attack, cost.
+
+    Stop it at any time; the same command continues where it was.
+    """
     from dataclasses import replace
 
     import torch

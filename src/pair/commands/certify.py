@@ -20,7 +20,7 @@ def certify(
             "(two at once); default: try several sizes."
         ),
     ] = None,
-    views: Annotated[int, typer.Option(min=4, help="Most windows per patch size.")] = 9,
+    views: Annotated[int, typer.Option(min=4, help="Windows per patch size, at most.")] = 9,
     delta: Annotated[
         float, typer.Option(min=0, help="How much of the score may hang on one window.")
     ] = 0.2,
@@ -40,8 +40,11 @@ def certify(
     picture: Annotated[Path | None, typer.Option(help="Draw the certificates to this PNG.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 1,
 ) -> None:
-    """For each image: is the hit independent of every single patch, or on which window does it
-    depend? The statement holds for all patches of that size, any content, any place."""
+    """Prove of each image that no single patch is responsible for the hit, or name the window.
+
+    The proof holds for all patches up to the size that it states, whatever
+    they show and wherever they are.
+    """
     import io
     import json as js
 

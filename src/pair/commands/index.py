@@ -94,12 +94,13 @@ def add(
 ) -> None:
     """Add pictures. Stop it at any time; the same command continues where it was.
 
-    The same content twice is one row. Several processes may add at a time. Broken files are
-    listed (failures.jsonl) and do not stop the rest. With --json, each line names rows that are
-    safely stored, the last line holds the counts.
+    The same content twice is one row. Several processes may add at a time.
+    Broken files are listed (failures.jsonl) and do not stop the rest.
+    With --json, each line names rows that are safely stored; the last line
+    holds the counts.
 
-    Exit code: 0 all added, 1 some files failed, 2 wrong usage or no place to write, 130/143
-    stopped by SIGINT/SIGTERM.
+    Exit code: 0 all added, 1 some files failed, 2 wrong usage or no place to
+    write, 130/143 stopped by SIGINT/SIGTERM.
     """
     import json as js
 

@@ -53,8 +53,8 @@ def purify(
 
     Broken files are listed in OUT/failures.jsonl and do not stop the rest.
 
-    Exit code: 0 all purified, 1 some files failed, 2 wrong usage or no place to write, 130/143
-    stopped by SIGINT/SIGTERM.
+    Exit code: 0 all purified, 1 some files failed, 2 wrong usage or no place
+    to write, 130/143 stopped by SIGINT/SIGTERM.
     """
     import torch
 

@@ -26,13 +26,13 @@ def search(
     defend: Annotated[
         str | None,
         typer.Option(
-            help="Purified are: query, gallery, both or none; default both, if there is a purifier."
+            help="What is purified: query, gallery, both or none; default: both, given a purifier."
         ),
     ] = None,
     using: Annotated[
-        str | None, typer.Option(help="embedding or code; default the embedding, if there is one.")
+        str | None, typer.Option(help="embedding or code; default: the embedding, if there is one.")
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Go round the approximate index.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Without the approximate index.")] = False,
     seed: Annotated[
         int | None, typer.Option(help="Repeatable mask of the query; default: secret, fresh.")
     ] = None,
@@ -55,7 +55,7 @@ def search(
     patch: Annotated[
         str, typer.Option(help="Certified against: 0.35, 39 (px), 16x40,40x16, 0.14*2 (two).")
     ] = "0.35",
-    views: Annotated[int, typer.Option(min=4, help="Most windows per patch shape.")] = 9,
+    views: Annotated[int, typer.Option(min=4, help="Windows per patch shape, at most.")] = 9,
     delta: Annotated[
         float, typer.Option(min=0, help="What one patch may add to a certified score.")
     ] = 0.0,

@@ -15,11 +15,15 @@ def serve(
         str | None, typer.Option(help="Collection to search; its models are used.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    encoder: Annotated[str, typer.Option(help="Without a collection; '' for none.")] = "clip-small",
-    hasher: Annotated[str, typer.Option(help="Without a collection; '' for none.")] = "csq-small",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    encoder: Annotated[
+        str, typer.Option(help="Without a collection: text-image encoder; '' for none.")
+    ] = "clip-small",
+    hasher: Annotated[
+        str, typer.Option(help="Without a collection: hash network; '' for none.")
+    ] = "csq-small",
     purifier: Annotated[
-        str, typer.Option(help="Without a collection; '' for none.")
+        str, typer.Option(help="Without a collection: generator; '' for none.")
     ] = "pair-small",
     bank: Annotated[
         Path | None, typer.Option(help="Frequent queries, one a line: turns /audit on.")
@@ -37,11 +41,11 @@ def serve(
     lab: Annotated[bool, typer.Option("--lab", help="The page of `pair lab` under /lab.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures computed together.")] = 16,
     wait_ms: Annotated[float, typer.Option(min=0, help="Longest wait for a fuller batch.")] = 4,
-    max_body_mb: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32,
-    max_image_mb: Annotated[int, typer.Option(min=1, help="Bytes of a picture.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 40_000_000,
-    max_frames: Annotated[int, typer.Option(min=1, help="Frames of a picture.")] = 16,
-    max_batch: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 16,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request, MB.")] = 32,
+    max_image_mb: Annotated[int, typer.Option(min=1, help="Largest picture, MB.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a picture.")] = 40_000_000,
+    max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a picture.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most pictures in a request.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait.")] = 128,
     requests: Annotated[int, typer.Option(min=1, help="Requests worked on at a time.")] = 96,
     per_key: Annotated[int, typer.Option(min=1, help="Of these, for one key.")] = 64,
