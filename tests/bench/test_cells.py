@@ -193,7 +193,7 @@ def test_no_patch_exceeds_what_is_proved_for_certified_queries(tmp_path):
     own = world.same(["chandelier"] * len(at))[rows]
     other = world.same(["watch"] * len(at))[rows]
     least, most = search.proved(images, gallery, own, other)
-    start = codes.start_of(row, bench.settings, g)
+    start = codes.start_of(row, bench.settings, "grey", g)
     for _ in range(6):
         patched = start.apply(images, content=torch.rand(start.content.shape, generator=g))
         found = search.codes(patched, 0)
@@ -209,7 +209,7 @@ def test_the_attacker_of_double_masking_moves_one_view_within_its_bound(tmp_path
     bits = search.encoder.dim
     anchor = torch.where(torch.rand(bits, generator=g) < 0.5, 1.0, -1.0)
     row = replace(row, attack={"placement": "top-right"})  # every window hides the centre here
-    start = codes.start_of(row, bench.settings, g)
+    start = codes.start_of(row, bench.settings, "grey", g)
     cover = text.covered(start, 32)
     victim, goal = search.victim(anchor, cover)
     visible = search.purifier.cover.visible

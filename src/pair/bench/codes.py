@@ -66,8 +66,8 @@ def place(row: Row, s: Settings) -> Placement:
     return Placement("fixed", top=corner, left=corner)
 
 
-def start_of(row: Row, s: Settings, generator: torch.Generator) -> Patch:
-    return Patch.make("noise", s.hash_size, s.image_size, place(row, s), generator=generator)
+def start_of(row: Row, s: Settings, start: str, generator: torch.Generator) -> Patch:
+    return Patch.make(start, s.hash_size, s.image_size, place(row, s), generator=generator)
 
 
 def optimise(
@@ -90,7 +90,7 @@ def optimise(
             return kept, kept.notes
         images = bench.hash.drawn(pool[:most]).to(s.device)
         generator = torch.Generator().manual_seed(seed)
-        patch = start_of(row, s, generator)
+        patch = start_of(row, s, config.start if adam else "noise", generator)
         shared: Any = {
             "patch": patch, "generator": generator, "penalty": victim.penalty,
             "progress": bench.progress, "checkpoint": bench.store.folder("locks") / f"{key}.state",
@@ -158,7 +158,7 @@ def adaptive_config(s: Settings, search: HashSearch) -> AdvHashConfig | TTHConfi
         return published(s, s.hash_steps, search.samples(s))
     return TTHConfig(
         steps=s.member_steps if certified else s.hash_steps, lr=s.lr, schedule=s.schedule,
-        distortion=0.0, retry=False, eot=1 if certified else search.samples(s), start="noise",
+        distortion=0.0, retry=False, eot=1 if certified else search.samples(s), start=s.start,
         size=s.hash_size, carriers=4 if certified else s.sources,
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def adaptive_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, 
     """The patch that was made through the defense, by its strongest gradient."""
     s, search = bench.settings_of(row), bench.hash_search(row)
     anchor = _anchor(bench, search.encoder, ends(unit)[1]).to(s.device)
-    start = start_of(row, s, torch.Generator().manual_seed(0))
+    start = start_of(row, s, "grey", torch.Generator())
     victim, goal = search.victim(anchor, covered(start, s.image_size))
     facts = {"what": "adaptive hash", "models": bench.models.facts(row, True),
              "row": [row.defense, row.options], "views": s.views}  # fmt: skip
