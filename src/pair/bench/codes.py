@@ -90,7 +90,9 @@ def optimise(
             return kept, kept.notes
         images = bench.hash.drawn(pool[:most]).to(s.device)
         generator = torch.Generator().manual_seed(seed)
-        patch = start_of(row, s, config.start if adam else "noise", generator)
+        patch = start_of(
+            row, s, config.start if isinstance(config, TTHConfig) else "noise", generator
+        )
         shared: Any = {
             "patch": patch, "generator": generator, "penalty": victim.penalty,
             "progress": bench.progress, "checkpoint": bench.store.folder("locks") / f"{key}.state",
