@@ -23,6 +23,7 @@ from pair.bench.scenario import Row, Settings
 from pair.bench.search import BATCH, HashSearch, milliseconds
 from pair.bench.store import key_of
 from pair.bench.text import covered, settled, summary
+from pair.defenses.localise import Localiser
 from pair.images import quantise
 from pair.retrieval.metrics import average_precision
 from pair.retrieval.scores import Hamming, Rows
@@ -154,14 +155,18 @@ def published(s: Settings, budget: int, eot: int) -> AdvHashConfig:
 
 def adaptive_config(s: Settings, search: HashSearch) -> AdvHashConfig | TTHConfig:
     """AdvHash itself, or Adam on the cosine to the same anchor; always that for the certified
-    mode, whose attacker has no single code to move."""
+    mode, whose attacker has no single code to move.
+
+    It starts from noise, as AdvHash does; from ``start`` where a detector would see that at once.
+    """
     certified = isinstance(search, DoubleMasked)
     if s.hash_optimiser == "sign" and not certified:
         return published(s, s.hash_steps, search.samples(s))
     return TTHConfig(
         steps=s.member_steps if certified else s.hash_steps, lr=s.lr, schedule=s.schedule,
-        distortion=0.0, retry=False, eot=1 if certified else search.samples(s), start=s.start,
-        size=s.hash_size, carriers=4 if certified else s.sources,
+        distortion=0.0, retry=False, eot=1 if certified else search.samples(s),
+        start=s.start if not certified and isinstance(search.defense, Localiser) else "noise",
+        size=s.hash_size, carriers=4 if certified else max(1, s.sources // 2),
     )  # fmt: skip
 
 
