@@ -3,7 +3,7 @@
 import pytest
 
 from pair.bench import scenario
-from pair.bench.scenario import NAMES, SCALES, Row, Settings, load, settings
+from pair.bench.scenario import NAMES, SCALES, Row, Settings, at_scale, load, settings
 
 PRINTED = {  # picked by hand from the printed tables, one per row kind
     ("table1", "PAIR", "flickr30k"): (88.86, 2.52, 92.93, 0.07, 93.02),
@@ -91,3 +91,15 @@ def test_a_row_changes_settings_and_only_those():
     row = Row("a", attack={"steps": 3, "shape": "circle"})
     made = scenario.changed(base, row.attack, "row")
     assert made.steps == 3 and made.eot == base.eot
+
+
+def test_a_row_may_be_attacked_otherwise_at_a_scale(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(
+        'title = "x"\nkind = "text"\n[[rows]]\nlabel = "a"\nattack = { size = 0.2 }\n'
+        "at.small = { steps = 7 }\n"
+    )
+    found = load(str(path))
+    assert at_scale(found, "small").rows[0].attack == {"size": 0.2, "steps": 7}
+    assert at_scale(found, "paper").rows[0].attack == {"size": 0.2}
+    assert at_scale(at_scale(found, "small"), "small") == at_scale(found, "small")

@@ -98,7 +98,7 @@ class Row:
     ``options`` go to its factory. ``attack`` changes the patch or the settings of the attack.
     ``paper`` maps a printed column such as "flickr30k.adaptive.irrelevant" to its value.
     ``patches`` is a folder of submitted patches, one per keyword, that join the attacks;
-    ``scales`` limits a row to some scales.
+    ``scales`` limits a row to some scales; ``at`` adds to ``attack`` at a scale.
     """
 
     label: str
@@ -110,6 +110,7 @@ class Row:
     paper: dict[str, Any] = field(default_factory=dict)
     patches: str = ""
     scales: tuple[str, ...] = ()
+    at: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def printed(self, dataset: str, column: str) -> float | None:
         """The paper's value in a column, if it has one."""
@@ -168,10 +169,10 @@ def load(name: str) -> Scenario:
 
 
 def at_scale(scenario: Scenario, scale: str) -> Scenario:
-    """The scenario with the rows that exist at a scale."""
-    return replace(
-        scenario, rows=tuple(r for r in scenario.rows if not r.scales or scale in r.scales)
-    )
+    """The scenario with the rows that exist at a scale, as they are attacked there."""
+    rows = [r for r in scenario.rows if not r.scales or scale in r.scales]
+    made = (replace(r, attack={**r.attack, **r.at.get(scale, {})}, at={}) for r in rows)
+    return replace(scenario, rows=tuple(made))
 
 
 def settings(scenario: Scenario, scale: str, **changes: Any) -> Settings:
