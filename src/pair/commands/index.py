@@ -77,7 +77,7 @@ def add(
         typer.Argument(help="Pictures, folders, lists (.txt, .csv, .jsonl), shards (.tar)."),
     ],
     part: Annotated[
-        str, typer.Option(help="2/4 takes the second quarter of the pictures, for four machines.")
+        str, typer.Option(help="2/4 takes the second of four equal parts, for four machines.")
     ] = "1/1",
     engine: Annotated[str, typer.Option(help="local, or ray for many machines.")] = "local",
     failures: Annotated[
