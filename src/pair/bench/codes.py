@@ -218,15 +218,16 @@ def attacked(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     gallery = bench.codes(row)
     own = world.same([world.query_labels[i] for i in at])
     other = world.same([target] * len(at))
-    anchor = _anchor(bench, search.encoder, target)
     selection = {}
     if len(patches) > 1:
         pool = world.drawn(_pool(bench, source)[-SELECT:])  # never those optimised on
         for name, patch in patches.items():
-            seeds = [seed_of("select", s.seed, unit, d) for d in range(s.selection)]
+            draws = range(s.selection if search.random else 1)
+            seeds = [seed_of("select", s.seed, unit, d) for d in draws]
             codes = [search.codes(quantise(patch.apply(pool)), seed) for seed in seeds]
-            wrong = torch.stack([(c != anchor).float().mean() for c in codes])
-            selection[name] = round(float(wrong.mean()), 6)
+            wanted = world.same([target] * len(pool))
+            found = [precisions(c, gallery, wanted, s.top) for c in codes]
+            selection[name] = round(1 - _mean(found), 6)
     chosen = min(selection, key=lambda n: selection[n]) if selection else "transfer"
     attacks: dict[str, Any] = {}
     for name, kept in [*patches.items(), ("none", None)]:
