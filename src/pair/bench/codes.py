@@ -74,6 +74,7 @@ def start_of(row: Row, s: Settings, start: str, generator: torch.Generator) -> P
 def optimise(
     bench: Bench, row: Row, victim: Adaptive, goal: Goal, unit: str,
     config: AdvHashConfig | TTHConfig, facts: dict[str, Any], draws: int = 1,
+    start: Patch | None = None,
 ) -> tuple[Patch, dict[str, Any]]:  # fmt: skip
     """The patch of a pair of classes as its PNG holds it: by AdvHash on so many photos of the
     source, or by Adam on photos drawn anew for every step from all but those that select."""
@@ -91,7 +92,7 @@ def optimise(
             return kept, kept.notes
         images = bench.hash.drawn(pool[:most]).to(s.device)
         generator = torch.Generator().manual_seed(seed)
-        patch = start_of(
+        patch = start or start_of(
             row, s, config.start if isinstance(config, TTHConfig) else "noise", generator
         )
         shared: Any = {
@@ -174,12 +175,16 @@ def adaptive_patch(bench: Bench, row: Row, unit: str) -> tuple[Patch, dict[str, 
     """The patch that was made through the defense, by its strongest gradient."""
     s, search = bench.settings_of(row), bench.hash_search(row)
     anchor = _anchor(bench, search.encoder, ends(unit)[1]).to(s.device)
-    start = start_of(row, s, "grey", torch.Generator())
-    victim, goal = search.victim(anchor, covered(start, s.image_size))
+    shape = start_of(row, s, "grey", torch.Generator())
+    victim, goal = search.victim(anchor, covered(shape, s.image_size))
     facts = {"what": "adaptive hash", "models": bench.models.facts(row, True),
              "row": [row.defense, row.options], "views": s.views}  # fmt: skip
-    draws = DRAWS if search.random else 1
-    return optimise(bench, row, victim, goal, unit, adaptive_config(s, search), facts, draws)
+    draws, start = (DRAWS if search.random else 1), None
+    if isinstance(search, DoubleMasked):  # few of its steps are affordable: go on from there
+        start, notes = static_patch(bench, row, unit)
+        facts |= {"start": notes["patch"], "weight": getattr(goal, "weight", 1.0)}
+    config = adaptive_config(s, search)
+    return optimise(bench, row, victim, goal, unit, config, facts, draws, start)
 
 
 def clean(bench: Bench, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
