@@ -60,8 +60,9 @@ def start(checkpoints) -> Path:
 def csq(tmp_path_factory) -> str:
     torch.manual_seed(0)
     net = HashNet(HashConfig(32, 16, ResNetConfig((1, 1, 1, 1), 4), ("a", "b")))
-    net.save_pretrained(tmp_path_factory.mktemp("csq") / "net")
-    return str(tmp_path_factory.getbasetemp() / "csq0" / "net")
+    folder = tmp_path_factory.mktemp("csq") / "net"
+    net.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
