@@ -465,3 +465,97 @@ def test_publishing_to_the_hub(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Api, "create_repo", offline)
     said = refused(*publish, "--hub", "org/mine", capsys=capsys)
     assert "to org/mine failed: no way to the hub" in said
+
+
+# --- targets that are trained or hardened -----------------------------------------------------
+
+
+def resnet(path: Path, change=lambda t: None) -> Path:
+    """A file of torchvision's ResNet-18, then changed."""
+    from pair.retrieval.backbones import build_backbone
+
+    tensors = dict(build_backbone("resnet18")[0].state_dict())
+    change(tensors)
+    torch.save(tensors, path)
+    return path
+
+
+def half_a_file(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def hostile_file(path: Path) -> Path:
+    path.write_bytes(pickle.dumps(Hostile()))
+    return path
+
+
+RESNETS = [
+    ("missing", lambda p: p, "no weights file"),
+    ("cut off", lambda p: half_a_file(resnet(p)), "holds no weights that can be read safely"),
+    ("a program", hostile_file, "holds no weights that can be read safely"),
+    ("wrong names", lambda p: resnet(p, lambda t: t.update(strange=t.pop("conv1.weight"))),
+     "1 weights missing (conv1.weight), 1 unknown (strange)"),
+    ("another depth", lambda p: resnet(p, lambda t: t.update({"conv1.weight": torch.zeros(3)})),
+     "conv1.weight has shape (3,)"),
+    ("not a state dict", lambda p: torch.save([1, 2], p) or p, "must hold a state dict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), [r[1:] for r in RESNETS], ids=[r[0] for r in RESNETS])
+def test_broken_backbones(make, message, miniature_script, tmp_path, capsys):
+    miniature_script.classes(tmp_path / "data")
+    path = make(tmp_path / "resnet18-f37072fd.pth")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[task]\nbackbone = "resnet18"\nweights = "{path}"\nimage_size = 32\n')
+    said = refused(
+        *("train", "csq-paper", "--recipe", recipe, "--data", f"folder/classes:{tmp_path}/data"),
+        *("--out", tmp_path / "run"),
+        capsys=capsys,
+    )
+    assert message in said and not Path("pair-was-here").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def opened(folder: Path, harm) -> Path:
+    """A folder of open_clip, then harmed."""
+    import importlib.util
+
+    script = Path(__file__).parents[1] / "scripts" / "miniature_weights.py"
+    spec = importlib.util.spec_from_file_location("miniature_weights", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        module.open_clip_model(folder)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"open_clip cannot be imported beside this build of torch: {error}")
+    harm(folder)
+    return folder
+
+
+CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CLIPS = [
+    ("config missing", lambda f: (f / CLIP_CONFIG).unlink(), "has no open_clip_config.json"),
+    ("config cut off", lambda f: half_a_file(f / CLIP_CONFIG), "is not valid JSON"),
+    ("no preprocessing", lambda f: edit(f / CLIP_CONFIG, lambda c: c.pop("preprocess_cfg")),
+     "names no preprocessing"),
+    ("weights missing", lambda f: (f / CLIP_WEIGHTS).unlink(), "cannot load open_clip model"),
+    ("weights cut off", lambda f: half_a_file(f / CLIP_WEIGHTS), "cannot load open_clip model"),
+    ("weights of another size", lambda f: edit(
+        f / CLIP_CONFIG, lambda c: c["model_cfg"].update(embed_dim=24)), "cannot load open_clip"),
+    ("a program", lambda f: hostile_file(f / CLIP_WEIGHTS), "cannot load open_clip model"),
+]  # fmt: skip
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("harm", "message"), [c[1:] for c in CLIPS], ids=[c[0] for c in CLIPS])
+def test_broken_clips(harm, message, miniature_script, tmp_path, capsys):
+    folder = opened(tmp_path / "clip", harm)
+    miniature_script.flickr30k(tmp_path / "data")
+    said = refused(
+        *("train", "at", "--init", f"open_clip:local-dir:{folder}"),
+        *("--data", f"flickr30k:{tmp_path}/data", "--out", tmp_path / "run"),
+        capsys=capsys,
+    )
+    assert message in said and not Path("pair-was-here").exists()
+    assert not (tmp_path / "run").exists()
