@@ -431,6 +431,35 @@ def test_fetching_records_what_came(tmp_path, capsys, monkeypatch):
     assert "is here already: folders and files need no fetching" in said
 
 
+def test_publishing_deletes_nothing_but_a_model(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"kind": "clip"}))
+    (run / "model.safetensors").write_bytes(b"new")
+    mine = tmp_path / "pub" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "config.json").write_text("{}")
+    (mine / "notes.txt").write_text("mine")
+    (tmp_path / "pub" / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("", ".", "..", "../..", "a/b", ".hidden", "a b"):
+        said = refused("models", "publish", run, "--name", name, "--out", "pub", capsys=capsys)
+        assert f"--name: {name!r} is no name of a model" in said
+    for name in ("mine", "file"):
+        said = refused("models", "publish", run, "--name", name, "--out", "pub", capsys=capsys)
+        assert f"pub/{name} is there and is no model folder" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    (mine / "notes.txt").unlink()
+    assert pair("models", "publish", run, "--name", "mine", "--out", "pub")[0] == 0
+    assert (mine / "model.safetensors").read_bytes() == b"new" and (mine / "README.md").is_file()
+    assert sorted(p.name for p in (tmp_path / "pub").iterdir()) == ["file", "mine"]
+    assert pair("models", "publish", run, "--name", "mine")[1] == "models/mine: clip\n"
+    (run / "model.safetensors").unlink()
+    said = refused("models", "publish", run, "--name", "mine", capsys=capsys)
+    assert "run has no model.safetensors" in said and (tmp_path / "models/mine").is_dir()
+
+
 def test_publishing_to_the_hub(pair, tmp_path, monkeypatch, capsys):
     """What the client of the hub is asked for: there is no hub here."""
     client = pytest.importorskip("huggingface_hub")

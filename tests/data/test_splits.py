@@ -1,5 +1,6 @@
 """Splits: disjoint, deterministic, faces and background never labelled."""
 
+import shutil
 from collections import Counter
 
 from pair.data import splits
@@ -96,3 +97,27 @@ def test_only_photos_are_listed(photo_root, tmp_path):
         (folder / name).write_bytes(b"")
     (tmp_path / "README.md").write_text("not a class")
     assert {p.path.name for p in caltech101(tmp_path)} == {"a.jpg", "b.PNG", "c.webp"}
+
+
+def test_embedding_deletes_nothing_but_what_it_wrote(photo_root, tmp_path, pair):
+    given = tmp_path / "data" / "caltech101"
+    shutil.copytree(photo_root / "caltech101", given)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    embed = ("data", "embed", "--caltech101", given, "--out")
+    before = sorted(tmp_path.rglob("*"))
+    for place, said in (
+        (out, "is not empty and has no splits.json"),
+        (out / "mine", "is no folder"),
+        (given, "holds the photos of Caltech-101 themselves"),
+        (given.parent, "holds the photos of Caltech-101 themselves"),
+    ):
+        code, _, err = pair(*embed, place)
+        assert code == 2 and said in err
+    assert sorted(tmp_path.rglob("*")) == before
+    (out / "mine").unlink()
+    assert pair(*embed, out)[0] == 0
+    (out / "bonsai" / "image_0000.jpg").unlink(missing_ok=True)
+    assert pair(*embed, out)[0] == 0  # its own folder is written anew
+    assert (out / "splits.json").is_file() and sorted(tmp_path.iterdir()) == [given.parent, out]

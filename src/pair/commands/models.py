@@ -80,28 +80,21 @@ def convert(
 def publish(
     folder: Annotated[Path, typer.Argument(help="Trained model, such as runs/clip/best.")],
     name: Annotated[str, typer.Option(help="Name of the model.")],
-    out: Annotated[Path, typer.Option(help="Folder of models.")] = Path("src/pair/assets/models"),
+    out: Annotated[Path, typer.Option(help="Folder of models; NAME is made in it.")] = Path(
+        "models"
+    ),
     to_hub: Annotated[
         str, typer.Option("--hub", help="Upload it to this hub repository too: org/name.")
     ] = "",
 ) -> None:
-    """Copy a trained model to OUT/NAME with a card made from its training record."""
-    import os
-    import shutil
+    """Copy a trained model to OUT/NAME with a card made from its training record.
 
-    from pair.training.cards import card, describe, parts
+    A model that is there already is replaced; any other folder is left alone.
+    """
+    from pair.training.cards import publish as published
 
-    config = describe(folder)
-    target = out / name
-    fresh = out / f".{name}.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for part in parts(folder):
-        shutil.copyfile(folder / part, fresh / part)
-    (fresh / "README.md").write_text(card(name, config))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(fresh, target)
-    typer.echo(f"{target}: {config['kind']}")
+    target, kind = published(folder, name, out)
+    typer.echo(f"{target}: {kind}")
     if to_hub:
         from pair.training.weights import upload
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from pair.data.splits import Photo, caltech101
+from pair.files import explained
 
 MANIFEST = "splits.json"
 POOL_CLASSES, POOL = 10, 40
@@ -75,8 +77,19 @@ def build(source: Path, out: Path) -> dict[str, int]:
     """Choose the photos from Caltech-101 in ``source`` and write the folder ``out`` anew.
 
     Classes with at least 60 photos: gallery and queries of :mod:`pair.data.splits`, plus a pool
-    from the training photos of the largest classes. Faces are left out.
+    from the training photos of the largest classes. Faces are left out. A folder that is there is
+    replaced only if it is empty or was written by this function.
     """
+    out = Path(os.path.abspath(out))
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the photos of Caltech-101 themselves: name another folder")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} is there and is no folder: name another")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise ValueError(
+            f"{out} is not empty and has no {MANIFEST}: it is not what this command writes, "
+            "name another folder"
+        )
     photos = list(caltech101(source))
     chosen: dict[str, list[Photo]] = {"query": [p for p in photos if p.split == "query"]}
     names = {p.label for p in chosen["query"]}
@@ -87,8 +100,20 @@ def build(source: Path, out: Path) -> dict[str, int]:
     chosen["ads"] = [p for p in photos if p.split == "ads"]
     if not all(chosen.values()):
         raise ValueError(f"{source} does not look like Caltech-101: <class>/image_0001.jpg")
-    fresh = out.with_name(out.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = out.with_name(f".{out.name}.writing-{secrets.token_hex(6)}")
+    try:
+        manifest = _write(chosen, fresh)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(fresh, out)
+    except OSError as error:
+        raise explained(error, out) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return {split: len(rows) for split, rows in manifest.items()}
+
+
+def _write(chosen: dict[str, list[Photo]], fresh: Path) -> dict[str, dict[str, str]]:
     manifest: dict[str, dict[str, str]] = {}
     for split, members in chosen.items():
         manifest[split] = {}
@@ -101,6 +126,4 @@ def build(source: Path, out: Path) -> dict[str, int]:
     (fresh / MANIFEST).write_text(text + "\n")
     lines = [f"{key}: {value}" for key, value in SOURCE.items()]
     (fresh / "ATTRIBUTION").write_text("\n".join(lines) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(fresh, out)
-    return {split: len(rows) for split, rows in manifest.items()}
+    return manifest

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
 from pair import hub
+from pair.files import explained
 
 WHAT = {
     "generator": (
@@ -85,6 +90,45 @@ def describe(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise hub.ModelError(f"{folder} has no {hub.CONFIG}: it is not a model folder")
     return json.loads(path.read_text())
+
+
+def publish(folder: Path, name: str, out: Path) -> tuple[Path, str]:
+    """Copy a trained model to ``out/name``, with its card; where it is now, and its kind.
+
+    A folder in its place is replaced only if it holds nothing but a model.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"--name: {name!r} is no name of a model: use letters, digits, '.', '_' and '-', "
+            "the first a letter or digit"
+        )
+    config = describe(folder)
+    text = card(name, config)
+    for part in parts(folder):
+        if not (folder / part).is_file():
+            raise hub.ModelError(f"{folder} has no {part}")
+    target = out / name
+    known = {hub.CONFIG, hub.WEIGHTS, hub.CARD, RECORD, *OPEN_CLIP}
+    if target.is_symlink() or target.exists():
+        other = not target.is_dir() or target.is_symlink() or set(os.listdir(target)) - known
+        if other or os.path.ismount(target):
+            raise ValueError(f"{target} is there and is no model folder: use another name")
+    fresh = out / f".{name}.writing-{secrets.token_hex(6)}"
+    old = fresh.with_name(fresh.name + "-old")
+    try:
+        fresh.mkdir(parents=True)
+        for part in parts(folder):
+            shutil.copyfile(folder / part, fresh / part)
+        (fresh / hub.CARD).write_text(text, "utf-8")
+        if target.is_dir():
+            os.replace(target, old)
+        os.replace(fresh, target)
+    except OSError as error:
+        raise explained(error, target) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return target, config["kind"]
 
 
 def card(name: str, config: dict[str, Any]) -> str:
