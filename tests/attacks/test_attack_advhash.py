@@ -1,5 +1,8 @@
 """AdvHash against a literal transcription of the published algorithm."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import literal
 import pytest
 import torch
@@ -9,6 +12,7 @@ from pair.attacks.advhash import PRESETS, AdvHashConfig, advhash, advhash_patch
 from pair.attacks.cost import estimate
 from pair.attacks.objectives import HashGoal, HashHinge, anchor_code
 from pair.attacks.patch import Patch
+from pair.attacks.search import _boxes
 from pair.attacks.tth import TTHConfig, tth
 from pair.attacks.wrappers import pipeline
 from pair.generator import IMAGENET_MEAN, IMAGENET_STD
@@ -104,7 +108,7 @@ def test_adam_is_at_least_as_good_as_the_published_attack_at_equal_cost():
 
 def test_adam_restarts_and_their_cost():
     model, images, target = encoder(BITS), photos(4), code()
-    config = AdvHashConfig.preset("strong", eot=1, budget=20, batch=2, size=0.4)
+    config = AdvHashConfig.preset("std", eot=1, budget=20, batch=2, size=0.4)
     result = advhash(model, images, target, config=config, generator=seeded(0))
     assert result.gradients_used == estimate(config, 4).gradients
     assert set(result.curves) == {"given", "grey", "dct"}
@@ -112,6 +116,75 @@ def test_adam_restarts_and_their_cost():
         advhash(model, images, target, config=AdvHashConfig(optimiser="sgd"))
     with pytest.raises(ValueError, match="published code"):
         advhash(model, images, target, config=AdvHashConfig(optimiser="adam", compat=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_strong_preset_does_not_lose_to_restarts_at_equal_cost(seed):
+    """Same photos, place and sample gradients: shrinking against the starts of ``std``."""
+    model, images, target = encoder(BITS), photos(6), code(seed + 2)
+
+    def agreement(patch):
+        with torch.no_grad():
+            outputs = model.encode_image(patch.quantised().apply(images))
+        return float((1 - (outputs.tanh() * target).mean()) / 2)
+
+    options = {"eot": 1, "batch": 3, "size": 0.3, "placement": "centre"}
+    strong = AdvHashConfig.preset("strong", budget=255, **options)
+    before = AdvHashConfig.preset("std", budget=150, **options)
+    assert estimate(strong, 6).gradients == estimate(before, 6).gradients
+    start = advhash_patch(32, strong, seeded(3))
+    assert start.placement.kind == "centre" and start.size == (9, 9)
+    found = [advhash(model, images, target, config=c, patch=start, generator=seeded(seed))
+             for c in (strong, before)]  # fmt: skip
+    assert found[0].gradients_used == found[1].gradients_used == estimate(strong, 6).gradients
+    assert found[0].patch.size == start.size and found[0].patch.placement == start.placement
+    assert agreement(found[0].patch) <= agreement(found[1].patch) + 0.005
+    assert agreement(found[0].patch) < agreement(start) - 0.05
+
+
+def test_a_patch_shrinks_within_itself_towards_its_place():
+    model, images, target = encoder(BITS), photos(4), code()
+    config = AdvHashConfig.preset("strong", eot=1, budget=30, batch=2, snapshots=(25,),
+                                  placement="advhash")  # fmt: skip
+    start = advhash_patch(32, config, seeded(1))
+    steps = []
+    result = advhash(model, images, target, config=config, patch=start, generator=seeded(2),
+                     progress=lambda step, total, _: steps.append((step, total)))  # fmt: skip
+    boxes = _boxes(start, (32, 32), 0.5, 8)
+    assert boxes[0][1] == (16, 16) and boxes[-1] == ((22, 22), (7, 7))
+    for (outer, large), (inner, small) in pairwise(boxes):
+        for a, n, b, m in zip(outer, large, inner, small, strict=True):
+            assert 0 <= a <= b and b + m <= a + n <= 32
+    assert result.patch.size == (7, 7) and result.patch.placement == start.placement
+    assert len(result.losses) == 11 and len(result.curves["stage loss"]) == len(boxes)
+    assert result.curves["stage side"][0] == 0.5 and result.curves["stage side"][-1] == 7 / 32
+    assert steps[0] == (0, 30) and steps[-1] == (30, 30) and result.gradients_used == 60
+    shown = [p.size[0] for _, p in sorted(result.snapshots.items())]
+    assert shown == [size[0] for _, size in boxes[:-1]] + [7] and 25 in result.snapshots
+    with pytest.raises(ValueError, match="no restarts"):
+        advhash(model, images, target, config=replace(config, restarts=("grey",)))
+    whole = _boxes(start, (32, 32), 0.1, 8)  # not larger than the patch: nothing to cut
+    assert whole == [((22, 22), (7, 7))]
+
+
+def test_shrinking_resumes(tmp_path):
+    model, images = encoder(BITS), photos(4)
+    config = AdvHashConfig.preset("strong", eot=1, budget=24, batch=2)
+
+    def run(progress=None, **options):
+        return advhash(model, images, code(), config=config, generator=seeded(1),
+                       progress=progress, **options)  # fmt: skip
+
+    def kill(step, steps, loss):
+        if step == 19:
+            raise Killed
+
+    file = tmp_path / "run.checkpoint"
+    with pytest.raises(Killed):
+        run(kill, checkpoint=file, checkpoint_every=3)
+    resumed, whole = run(checkpoint=file, checkpoint_every=3), run()
+    assert torch.equal(resumed.patch.content, whole.patch.content)
+    assert resumed.losses == whole.losses and resumed.curves == whole.curves
 
 
 def test_success_ends_a_mini_batch_and_evaluation_ends_the_attack():

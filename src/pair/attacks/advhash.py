@@ -56,6 +56,8 @@ class AdvHashConfig:
     lr: float = 0.03  # of Adam
     restarts: tuple[str, ...] = ()  # of Adam: starts beside the given patch or noise
     plateau: tuple[int, float] | None = None  # of Adam, see TTHConfig
+    shrink: float | None = None  # of Adam: share of the side that the patch begins with
+    placement: str = "advhash"  # lower right corner at 200/224 of the side; or a named place
     budget: int | None = None  # updates in all, at most
     good_map: float = 0.8  # with ``evaluate``: enough to stop after an epoch
     snapshots: tuple[int, ...] = ()
@@ -68,30 +70,29 @@ class AdvHashConfig:
         return replace(cls(), **{**PRESETS[name], **changes})
 
 
-_STRONG: dict[str, Any] = {
-    "size": 0.22,
-    "optimiser": "adam",
-    "restarts": ("grey", "dct"),
-}
+_ADAM: dict[str, Any] = {"size": 0.22, "optimiser": "adam"}
+_SHRINK: dict[str, Any] = {**_ADAM, "shrink": 0.5, "placement": "centre"}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 0.22, "eot": 7},
     "released": {"compat": True},
-    "std": {**_STRONG, "eot": 20, "budget": 500},
-    "strong": {**_STRONG, "eot": 50, "budget": 1000},
-    "max": {**_STRONG, "eot": 100, "budget": 2000},
+    "std": {**_ADAM, "restarts": ("grey", "dct"), "eot": 20, "budget": 500},
+    "strong": {**_SHRINK, "eot": 50, "budget": 1000},
+    "max": {**_SHRINK, "eot": 100, "budget": 2000},
 }
 
 
 def advhash_patch(
     image_size: int, config: AdvHashConfig, generator: torch.Generator | None = None
 ) -> Patch:
-    """AdvHash's start: uniform noise with its lower-right corner at 200/224 of the side."""
+    """AdvHash's start: uniform noise, by default with its lower-right corner at 200/224."""
     if config.size is not None:
         side = pixels(config.size, image_size)
     else:
         side = area_side(config.area, image_size)
     corner = round(200 / 224 * image_size) - side
     place = Placement("fixed", top=corner, left=corner)
+    if config.placement != "advhash":
+        place = Placement(config.placement)
     return Patch.make("noise", side, image_size, place, generator=generator)
 
 
@@ -171,11 +172,17 @@ def advhash(
     if patch is None:
         patch = advhash_patch(min(images.shape[-2:]), config, generator)
     if config.optimiser == "adam":
-        result = tth(
-            features, images, TextGoal(code), config=_adam(config, len(images)), patch=patch,
-            generator=generator, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
-            progress=progress, penalty=penalty, transform=transform,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "config": _adam(config, len(images)), "patch": patch, "generator": generator,
+            "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "progress": progress,
+            "penalty": penalty, "transform": transform,
+        }  # fmt: skip
+        if config.shrink is None:
+            result = tth(features, images, TextGoal(code), **options)
+        else:
+            from pair.attacks.search import shrinking
+
+            result = shrinking(features, images, TextGoal(code), first=config.shrink, **options)
         return replace(result, config=asdict(config))
     if config.optimiser != "sign":
         raise ValueError(f"optimiser must be 'sign' or 'adam', got {config.optimiser!r}")

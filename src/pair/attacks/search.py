@@ -1,4 +1,4 @@
-"""Around one optimisation: restarts by successive halving, and the search for a place."""
+"""Around one optimisation: successive halving of restarts, shrinking, the search for a place."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pair.attacks.carriers import carrier
+from pair.attacks.carriers import carrier, pixels
 from pair.attacks.evaluate import score
 from pair.attacks.objectives import Goal, TextGoal
 from pair.attacks.optimise import AttackResult, Progress
@@ -125,6 +126,98 @@ def successive_halving(
     best.seconds, best.curves = seconds, curves
     best.patch = best.patch.with_content(best.patch.content, start=winner, seed=seed)
     return best
+
+
+def shrinking(
+    features: Any,
+    images: Tensor,
+    target: Tensor | Goal,
+    patch: Patch,
+    config: TTHConfig,
+    *,
+    first: float = 0.5,
+    stages: int = 8,
+    generator: torch.Generator | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AttackResult:
+    """Begin with a large patch around the place of ``patch`` and cut it down, optimising always.
+
+    A hash code has no slope to follow as long as the photo outweighs the patch: from any start a
+    small patch may gain nothing, where one of ``first`` of the side succeeds at once. What is left
+    of that one after each cut is a start that the small patch does not find by itself. The last
+    third of ``config.steps`` belongs to the final size, the rest in equal parts to the larger ones;
+    each stage has its own schedule. ``losses`` are those of the final size, ``curves`` has the
+    loss at the end of every stage and the side of its patch as a share of the image, ``snapshots``
+    the patch of every larger stage at its last step.
+    """
+    if patch.placement.random or config.scope != "universal" or config.restarts:
+        raise ValueError("shrinking needs one place, one universal patch and no restarts")
+    generator = generator or torch.Generator().manual_seed(0)
+    seed, image = generator.initial_seed(), (int(images.shape[-2]), int(images.shape[-1]))
+    boxes = _boxes(patch, image, first, stages)
+    last = max(1, config.steps // 3) if len(boxes) > 1 else config.steps
+    before = config.steps - last
+    ends = [before * (i + 1) // max(1, len(boxes) - 1) for i in range(len(boxes) - 1)]
+    ends.append(config.steps)
+    content = F.interpolate(patch.content[None], boxes[0][1], mode="bilinear")[0]
+    used = forwards = done = 0
+    seconds = 0.0
+    curves: dict[str, list[float]] = {"stage loss": [], "stage side": []}
+    larger: dict[int, Patch] = {}
+    for i, ((top, left), size) in enumerate(boxes):
+        if i:  # cut out of the one before
+            y, x = top - boxes[i - 1][0][0], left - boxes[i - 1][0][1]
+            content = content[:, y : y + size[0], x : x + size[1]]
+        final = i == len(boxes) - 1
+        current = patch.with_content(content) if final else Patch(
+            content, torch.ones(size), Placement("fixed", top, left), patch.image_size
+        )  # fmt: skip
+        own = torch.Generator(device=generator.device)
+        own.manual_seed((seed * 7_919 + 101 * i) & 0x7FFFFFFF)
+        file = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}-{i}")
+        kept = tuple(s - done for s in config.snapshots if done < s) if final else ()
+        part = replace(config, steps=ends[i] - done, snapshots=kept)
+
+        def tell(step: int, _: int, loss: float, begun: int = done) -> None:
+            if progress is not None:
+                progress(begun + step, config.steps, loss)
+
+        result = tth(features, images, target, config=part, patch=current, generator=own,
+                     checkpoint=file, progress=tell, **options)  # fmt: skip
+        content, used = result.patch.content, used + result.gradients_used
+        forwards, seconds = forwards + result.forwards, seconds + result.seconds
+        curves["stage loss"].append(result.losses[-1])
+        curves["stage side"].append(size[0] / image[0])
+        if not final:
+            done = ends[i]
+            larger[done] = result.patch
+    result.config = {**result.config, "steps": config.steps, "shrink": first}
+    result.seeds = {"optimise": seed}
+    result.gradients_used, result.forwards, result.seconds = used, forwards, seconds
+    result.snapshots = {**larger, **{k + done: v for k, v in result.snapshots.items()}}
+    result.curves = curves
+    return result
+
+
+def _boxes(
+    patch: Patch, image: tuple[int, int], first: float, stages: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(top, left), (h, w) of every stage, largest first; each lies within the one before."""
+    place, size = patch.placement.at(1, image, patch.size)[0], patch.size
+    large = tuple(max(s, pixels(first, n)) for s, n in zip(size, image, strict=True))
+    boxes = [(place, size)]
+    for i in range(1, stages):
+        grown = [round(s + (n - s) * i / (stages - 1)) for s, n in zip(size, large, strict=True)]
+        at, inner = boxes[-1]
+        corner = [
+            min(max(a - (g - s) // 2, 0), n - g)
+            for a, s, g, n in zip(at, inner, grown, image, strict=True)
+        ]
+        if tuple(grown) != inner:
+            boxes.append(((corner[0], corner[1]), (grown[0], grown[1])))
+    return boxes[::-1]
 
 
 def location_search(
