@@ -12,7 +12,9 @@ the same money buys. Gradients are computed in bfloat16, scores in float32.
 A keyword's file grows run by run; the same command continues where it was stopped. ``--budget``
 sets the sample gradients of each curve, ``--minutes`` stops before a run that would begin later
 (CPU time, all keywords together). Beside the curves each file has the checks S1 and S4 to S12 of
-``pair.attacks.sanity``; S2 and S3 need all keywords and are computed when merging.
+``pair.attacks.sanity``; S2 and S3 need all keywords and are computed when merging. With ``--runs``
+only those runs are made whose names begin so, and no checks: S2 needs more masks than a curve needs
+keywords. The table then says which rows such a keyword is part of.
 """
 
 from __future__ import annotations
@@ -144,6 +146,8 @@ class Keyword:
         self.data = {"facts": facts, "runs": {}, "checks": None}
         if path.is_file():
             found = json.loads(path.read_text())
+            # Files from before the option --precision: every gradient was computed in bfloat16.
+            found["facts"].setdefault("precision", "bf16")
             if found["facts"] != facts:
                 raise ValueError(f"{path} was begun with other settings or models: delete it")
             self.data = found
@@ -267,6 +271,9 @@ def main() -> int:
     parser.add_argument("keywords", nargs="*", help="class names of the embedded gallery")
     parser.add_argument("--folder", type=Path, default=Path("results/adaptive"))
     parser.add_argument("--budget", type=int, default=2000, help="sample gradients per curve")
+    parser.add_argument(
+        "--runs", nargs="+", metavar="NAME", help='only these: undefended "known mask" ...'
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="CPU time, at most")
     parser.add_argument(
         "--precision",
@@ -292,13 +299,18 @@ def main() -> int:
         for i, name in enumerate(options.keywords):
             keyword = Keyword(bench, name, i, options.budget, options.precision,
                               options.folder / f"{name}.json")  # fmt: skip
+            if options.runs and keyword.data["checks"] is None:
+                keyword.data["only"] = options.runs
+                keyword.save()
             for run in keyword.plan():
+                if options.runs and not run.startswith(tuple(options.runs)):
+                    continue
                 if time.process_time() > 60 * options.minutes:
                     print("out of time: the same command continues", file=sys.stderr)
                     return 0
                 if run not in keyword.data["runs"]:
                     keyword.run(run)
-            if keyword.data["checks"] is None:
+            if keyword.data["checks"] is None and not options.runs:
                 keyword.check()
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -14,15 +14,19 @@ from pair.retrieval.statistics import summarise
 
 
 def merge(folder: Path, out: Path) -> None:
-    files = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-    files = [f for f in files if f.get("checks") is not None]
+    found = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+    files = [f for f in found if f.get("checks") is not None]
     if not files:
         raise SystemExit(f"{folder} has no finished keyword")
-    if len({json.dumps(f["facts"]["models"]) for f in files}) > 1:
+    # Keywords that were begun with --runs take part in the rows that they have.
+    partial = [f for f in found if f.get("checks") is None and f.get("only")]
+    every = [*files, *partial]
+    if len({json.dumps(f["facts"]["models"]) for f in every}) > 1:
         raise SystemExit(f"the keywords in {folder} were measured with different models")
     rows = []
     for name in sorted({group(n) for f in files for n in f["runs"]}, key=order):
-        curves = [[r["points"] for n, r in f["runs"].items() if group(n) == name] for f in files]
+        curves = [[r["points"] for n, r in f["runs"].items() if group(n) == name] for f in every]
+        curves = [runs for runs in curves if runs]
         for i in range(len(curves[0][0])):
             steps, gradients = (curves[0][0][i][k] for k in ("steps", "gradients"))
             cells = [interval([[c[i][figure] for c in runs] for runs in curves])
@@ -30,7 +34,7 @@ def merge(folder: Path, out: Path) -> None:
             if steps:
                 last = i == len(curves[0][0]) - 1
                 rows.append([name, f"{steps:,}", f"{gradients:,}", *cells,
-                             unfinished(files, name) if last else ""])  # fmt: skip
+                             unfinished(every, name) if last else ""])  # fmt: skip
     keywords = [f["facts"]["keyword"] for f in files]
     table = {
         "columns": [
@@ -43,18 +47,28 @@ def merge(folder: Path, out: Path) -> None:
         ],
         "rows": rows,
         "note": (
-            f"Keywords {', '.join(keywords)}; 10 advertisements, 5 held-out queries each, 5 fresh "
-            "purifications per picture; 736 photos. A gradient is that of one picture under one "
-            f"mask; PAIR's curves draw {files[0]['facts']['carriers per update']} of the ten "
+            f"Keywords {', '.join(keywords)}; {only(partial)}10 advertisements, 5 held-out "
+            "queries each, 5 fresh purifications per picture; 736 photos. A gradient is that of "
+            "one picture under one mask; PAIR's curves draw "
+            f"{files[0]['facts']['carriers per update']} of the ten "
             "pictures per step. In brackets: 95 % bootstrap interval over keywords and draws "
             "(few keywords: read it as a range). Without a patch the shares are those of "
             f"{unattacked(files)}. Still improving: in how many runs the last fifth of the steps "
             "brought 1 % of the gain or more (S8), so that more steps would do more."
         ),
         "facts": {k: v for k, v in files[0]["facts"].items() if k not in ("keyword", "masks")},
-        "tables": {"checks": checks(files)},
+        "tables": {"checks": checks(files, partial)},
     }
     write_atomic(out, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def only(partial) -> str:
+    """Which rows have more keywords than the others."""
+    if not partial:
+        return ""
+    names = ", ".join(f["facts"]["keyword"] for f in partial)
+    rows = sorted({group(n) for f in partial for n in f["runs"]}, key=order)
+    return f"also {names} in the rows {' and '.join(f'“{r}”' for r in rows)}; "
 
 
 def group(name: str) -> str:
@@ -91,14 +105,15 @@ def unattacked(files) -> str:
     return " and ".join(text)
 
 
-def checks(files) -> dict:
+def checks(files, partial=()) -> dict:
     """S1 to S12: in how many keywords each was passed; S2 and S3 over all of them."""
 
     def last(f, name):
         return mean(f["runs"][name]["points"][-1]["share"])
 
-    known = [last(f, n) for f in files for n in f["runs"] if n.startswith("known mask")]
-    bare = mean(last(f, "undefended, Adam") for f in files)
+    broken = [f for f in (*files, *partial) if "undefended, Adam" in f["runs"]]
+    known = [last(f, n) for f in broken for n in f["runs"] if n.startswith("known mask")]
+    bare = mean(last(f, "undefended, Adam") for f in broken)
     curve = [[mean(f["runs"]["PAIR, Adam, EOT-1"]["points"][i]["share"]) for f in files]
              for i in range(len(files[0]["runs"]["PAIR, Adam, EOT-1"]["points"]))]  # fmt: skip
     together = {"S2": sanity.s2_known_mask(known, bare), "S3": sanity.s3_monotone(curve)}

@@ -53,6 +53,25 @@ def test_means_over_keywords_and_checks_over_all(tmp_path):
     assert checks["S1"][2] == "0 of 2"  # not measured is not passed
 
 
+def test_keywords_with_a_part_of_the_runs_are_in_those_rows_only(tmp_path):
+    x = keyword("x", [0.8] * 4, [(50, [0.1])])
+    y = {**keyword("y", [0.9, 0.9, 0.95, 1.0], []), "checks": None, "only": ["known", "undefended"]}
+    del y["runs"]["PAIR, Adam, EOT-1"]
+    y["runs"]["undefended, Adam"]["points"][-1]["share"] = [0.7]
+    for data in (x, y):
+        (tmp_path / f"{data['facts']['keyword']}.json").write_text(json.dumps(data))
+    merge(tmp_path, tmp_path / "all.json")
+    table = json.loads((tmp_path / "all.json").read_text())
+    cells = {(r[0], r[1]): r[3] for r in table["rows"]}
+    assert cells["PAIR, Adam, EOT-1", "50"].startswith("10.0 [")
+    assert cells["undefended, Adam", "50"].startswith("80.0 [")
+    rows = "“undefended, Adam” and “known mask, Adam”"
+    assert f"Keywords x; also y in the rows {rows}; 10 advert" in table["note"]
+    checks = {row[0]: row for row in table["tables"]["checks"]["rows"]}
+    assert checks["S2"][2:] == ["1 of 1", "0.85"] and "0.700" in table["tables"]["checks"]["note"]
+    assert checks["S4"][2] == "1 of 1"
+
+
 def test_unfinished_attacks_and_missing_checks_are_named(tmp_path):
     falling = [1 - k / 100 for k in range(101)]
     flat = [1 - min(k, 50) / 50 for k in range(101)]
