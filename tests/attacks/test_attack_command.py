@@ -120,6 +120,40 @@ def test_apply_scales_to_each_photo(folder, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
+def test_no_photo_and_no_foreign_file_is_replaced(folder, tmp_path):
+    Patch.make("grey", 4, 32).save(tmp_path / "p")
+    image = torch.rand(3, 32, 32, generator=seeded(0))
+    mine = tmp_path / "photos"
+    mine.mkdir()
+    for file in (mine / "a.png", tmp_path / "b.png", tmp_path / "c-a.png"):
+        save_image(file, image)
+    (tmp_path / "d.json").write_text("{}")
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    base = ("--keyword", "laptop", "--model", folder / "clip", "--out")
+    for words in (
+        ("apply", tmp_path / "p", mine, "--out", mine),
+        ("apply", tmp_path / "p", mine, "--out", mine / "deeper"),
+        ("apply", tmp_path / "p", tmp_path / "b.png", "--out", tmp_path),
+        ("perturb", mine, *base, mine),
+    ):
+        with pytest.raises(ValueError, match="would land among the inputs"):
+            pair("attack", *words)
+    for words in (
+        ("tth", mine, *base, tmp_path / "b"),
+        ("tth", mine, *base, tmp_path / "b.png", "--dry-run"),
+        ("tth", mine, "--each", *base, tmp_path / "c"),
+        ("tth", mine, *base, tmp_path / "d"),
+        ("blackbox", mine, *base, tmp_path / "b"),
+        ("floor", mine, *base, tmp_path / "b"),
+        ("advhash", mine, "--target", mine, "--out", tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match="is no patch of this program: use another --out"):
+            pair("attack", *words)
+    after = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    assert after == before
+    pair("attack", "tth", mine, "--steps", 1, *base, tmp_path / "p")  # a patch is replaced
+
+
 def test_mistakes_are_one_sentence(folder, tmp_path):
     Patch.make("grey", 4, 32).save(tmp_path / "p")
     with pytest.raises(ValueError, match="there is no photo or folder"):

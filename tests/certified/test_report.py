@@ -140,6 +140,13 @@ def test_command_line(models, tmp_path):
     assert {"patch", "plain", "lowest", "clear", "certificate", "window"} <= records[0].keys()
     assert len(records[0]["sizes"]) == 4
     assert Image.open(out).size[1] == 2 * 268
+    jpeg = tmp_path / "sheet.jpg"
+    once = ["certify", str(paths[0]), "--query", "cats", *options, "--patch", "0.2"]
+    assert CliRunner().invoke(app, [*once, "--picture", str(jpeg)]).exit_code == 0
+    assert Image.open(jpeg).format == "JPEG"
+    for name, said in ((tmp_path / "sheet.txt", "must end in .png"), (paths[0], "among the input")):
+        with pytest.raises(ValueError, match=said):
+            CliRunner().invoke(app, [*once, "--picture", str(name)], catch_exceptions=False)
     table = CliRunner().invoke(app, [*call, "--patch", "0.2"])
     assert table.exit_code == 0 and "certificate" in table.output
     two = CliRunner().invoke(app, [*call, "--patch", "2*2", "--json"])

@@ -223,6 +223,9 @@ def test_the_command(photos, tmp_path, monkeypatch, capsys):
         assert a["alarm"] is (not a["clear"])
     shown = len(result["answers"]) + len(result["kept_out"])
     assert Image.open(sheet).height == 268 * shown
+    run("a cat", photos=[photos], k=1, picture=sheet.with_suffix(".jpg"), **own)
+    assert Image.open(sheet.with_suffix(".jpg")).format == "JPEG"
+    capsys.readouterr()
     run("a cat", photos=[photos], k=4, **own)
     assert "certified against 7 x 7 px" in capsys.readouterr().out
     run(photos / "03.png", photos=[photos], k=1, delta=2.0, as_json=True, **own)
@@ -231,6 +234,8 @@ def test_the_command(photos, tmp_path, monkeypatch, capsys):
         (["a cat", "--photos", str(photos)], "needs --certified"),
         ([], "say what to search"),
         (["--certified", "--photos", str(photos)], "give either words"),
+        (["--certified", "--photos", "missing", "a"], "no such file or folder: missing"),
+        (["--certified", "--photos", str(photos), "a", "--sheet", str(photos / "03.png")], "among"),
         (["--certified", "--photos", str(photos), "a", "b"], "either a collection or --photos"),
         (["--certified", "--photos", str(photos), "a", "--exact"], "goes without"),
         (["--certified", "--photos", str(photos), "a", "--patch", "x"], "no patch family"),

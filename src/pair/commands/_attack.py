@@ -92,6 +92,39 @@ def names(files: list[Path]) -> list[str]:
     return stems
 
 
+def targets(given: list[Path], files: list[Path], out: Path) -> list[Path]:
+    """The PNG in ``out`` for each photo; none may lie among what was given."""
+    from pair.commands._pictures import apart
+
+    found = [out / f"{name}.png" for name in names(files)]
+    for target in found:
+        apart(target, given, "choose an --out beside them")
+    return found
+
+
+def check_outs(out: Path, names: list[str] | None = None) -> None:
+    """Refuse to replace files that are no patch: OUT.png and OUT.json without our record."""
+    import json
+
+    from pair.attacks.patch import _png
+
+    for path in outs(out, names):
+        png = _png(path)
+        sheet = png.with_suffix(".json")
+        try:
+            ours = json.loads(sheet.read_text("utf-8"))["kind"] == "patch"
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        for file in (png, sheet):
+            if not ours and (file.exists() or file.is_symlink()):
+                raise ValueError(f"{file} is no patch of this program: use another --out")
+
+
+def outs(out: Path, names: list[str] | None) -> list[Path]:
+    """OUT, or with ``names`` one for each photo."""
+    return [out] if names is None else [Path(f"{out}-{name}") for name in names]
+
+
 def load(paths: list[Path], size: int, limit: int) -> Tensor:
     from pair.images import load_batch
 
@@ -275,14 +308,14 @@ def checkpoint(out: Path) -> Path:
 def store(result: AttackResult, out: Path, facts: dict[str, Any], names: list[str] | None) -> None:
     """Write the patch, or with ``names`` one for each photo, and say how it went."""
     record = {**result.record(), "losses": [round(v, 6) for v in result.losses]}
-    outs = [out] if names is None else [Path(f"{out}-{name}") for name in names]
+    places = outs(out, names)
     patches = [result.patch] if names is None else result.patches
-    for patch, path in zip(patches, outs, strict=True):
+    for patch, path in zip(patches, places, strict=True):
         png = patch.with_content(patch.content, **facts, **record).save(path)
     for file in out.parent.glob(f"{checkpoint(out).name}*"):
         file.unlink()
     typer.echo(
-        f"{png if names is None else f'{len(outs)} patches {out}-*.png'}: "
+        f"{png if names is None else f'{len(places)} patches {out}-*.png'}: "
         f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} "
         f"in {result.gradients_used:,} sample gradients ({result.stopped})"
     )

@@ -80,7 +80,7 @@ def perturb(
     draws = victim.samples if eot is None else eot
     goal, _, facts = common.goal(encoder, keyword, captions, searches)
     files = common.files(photos)[:limit]
-    names = common.names(files)
+    targets = common.targets(photos, files, out)
     images = quantise(common.load(files, encoder.image_size, limit))
     pace = measure(victim.features, images, draws, micro_batch=micro_batch)
     gradients = steps * len(images) * draws
@@ -94,8 +94,8 @@ def perturb(
     }  # fmt: skip
     losses = []
     with common.bar() as progress:
-        for number, (name, image) in enumerate(zip(names, images, strict=True)):
-            png, sheet = out / f"{name}.png", out / f"{name}.json"
+        for number, (png, image) in enumerate(zip(targets, images, strict=True)):
+            sheet = png.with_suffix(".json")
             pixels = hashlib.sha256(image.numpy().tobytes()).hexdigest()
             key = {"format": 1, "kind": "perturbation", "original": pixels, "settings": settings}
             found = json.loads(sheet.read_text()) if png.is_file() and sheet.is_file() else {}
@@ -161,6 +161,7 @@ def blackbox(
     from pair.attacks.objectives import Goal
 
     torch.set_num_threads(threads)
+    common.check_outs(out)
     directions = 10
     if method not in ("squares", "nes"):
         raise ValueError(f"no method {method!r}: use squares or nes")
@@ -225,6 +226,8 @@ def floor(
     from pair.attacks.floor import floor as run
 
     torch.set_num_threads(threads)
+    if out is not None:
+        common.check_outs(out)
     encoder = common.text_model(model, pretrained)
     victim = common.adaptive_victim(encoder, defense)
     goal, _, facts = common.goal(encoder, keyword, captions, None)

@@ -137,11 +137,9 @@ def show(query: str, found: CertifiedPhotos, result: Result) -> None:
 
 
 def draw(found: CertifiedPhotos, result: Result, path: Path) -> None:
-    """Certificates of all answers, and of those kept out, as one PNG."""
-    import io
-
+    """Certificates of all answers, and of those kept out, as one picture."""
     from pair.certified import report
-    from pair.files import write_atomic
+    from pair.commands import _pictures
     from pair.images import load_image
 
     sheets = []
@@ -150,15 +148,13 @@ def draw(found: CertifiedPhotos, result: Result, path: Path) -> None:
         sheets.append(report.picture(image, answer.certificate, found.purifier, whole=found.whole))
     if not sheets:
         raise ValueError("there is nothing to draw: the search found no photo")
-    buffer = io.BytesIO()
-    report.stack(sheets).save(buffer, format="PNG")
-    write_atomic(path, buffer.getvalue())
+    _pictures.write(report.stack(sheets), path)
 
 
 def _add(found: CertifiedPhotos, photos: list[Path], console: Any) -> None:
     from rich.progress import Progress
 
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("embedding photos", total=None)
 
         def progress(done) -> None:
@@ -173,6 +169,9 @@ def _add(found: CertifiedPhotos, photos: list[Path], console: Any) -> None:
 
 
 def _home(photos: list[Path]) -> Path:
+    for path in photos:
+        if not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
     for path in photos:
         if path.is_dir():
             return path

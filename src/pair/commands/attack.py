@@ -134,6 +134,8 @@ def tth(
         goal = RankHinge(*common.bars(encoder, victim, lines, gallery, seed))
     files = common.files(photos)[:limit]
     images = common.load(files, encoder.image_size, limit)
+    names = common.names(files) if each else None
+    common.check_outs(out, names)
     if not common.announce(config, victim, images, dry_run, locate):
         return
     patch = None
@@ -156,7 +158,6 @@ def tth(
             result = optimise(
                 victim.features, images, goal, patch=patch, checkpoint=saved, **options
             )
-    names = common.names(files) if each else None
     common.store(
         result, out, {"model": model, "defense": defense, "preset": preset, **facts}, names
     )
@@ -195,6 +196,7 @@ def advhash(
     from pair.retrieval.hashing import HashNet
 
     torch.set_num_threads(threads)
+    common.check_outs(out)
     encoder = HashNet.from_pretrained(model)
     changes = {
         "budget": budget,
@@ -253,10 +255,10 @@ def apply(
     loaded = Patch.load(patch)
     generator = torch.Generator().manual_seed(seed)
     files = common.files(photos)
-    names = [f"{name}.png" for name in common.names(files)]
+    targets = common.targets(photos, files, out)
     out.mkdir(parents=True, exist_ok=True)
-    for file, name in zip(files, names, strict=True):
+    for file, target in zip(files, targets, strict=True):
         image = load_image(file)[None]
         fitted = loaded.fit(min(image.shape[-2:]))
-        save_image(out / name, fitted.apply(image, generator)[0])
+        save_image(target, fitted.apply(image, generator)[0])
     typer.echo(f"{len(files)} photos with the patch in {out}")

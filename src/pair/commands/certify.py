@@ -37,7 +37,9 @@ def certify(
         "clip-small"
     ),
     json: Annotated[bool, typer.Option("--json", help="One JSON line per image.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the certificates to this PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the certificates to this .png or .jpg.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 1,
 ) -> None:
     """Prove of each image that no single patch is responsible for the hit, or name the window.
@@ -45,7 +47,6 @@ def certify(
     The proof holds for all patches up to the size that it states, whatever
     they show and wherever they are.
     """
-    import io
     import json as js
 
     import torch
@@ -55,11 +56,13 @@ def certify(
 
     from pair.certified import CertifiedPurifier, report
     from pair.certified.covering import parse_family
-    from pair.files import write_atomic
+    from pair.commands import _pictures
     from pair.images import load_image
     from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
 
+    if picture is not None:
+        _pictures.check("--picture", picture, images)
     if threads:
         torch.set_num_threads(threads)
     autoencoder = Purifier.from_pretrained(generator).autoencoder
@@ -91,6 +94,4 @@ def certify(
     if not json:
         Console().print(table)
     if picture is not None:
-        buffer = io.BytesIO()
-        report.stack(sheets).save(buffer, format="PNG")
-        write_atomic(picture, buffer.getvalue())
+        _pictures.write(report.stack(sheets), picture)

@@ -71,6 +71,7 @@ def search(
 
     import torch
 
+    from pair.commands import _pictures
     from pair.guard.collection import Collection
 
     if photos and not certified:
@@ -85,8 +86,8 @@ def search(
         raise ValueError("say what to search: a collection, or --certified --photos FOLDER")
     if (text is None) == (image is None):
         raise ValueError("give either words to look for, or --image")
-    if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"--sheet: {sheet} must end in .png or .jpg")
+    if sheet is not None:
+        _pictures.check("--sheet", sheet, [*(photos or ()), *([] if image is None else [image])])
     if threads is not None:
         torch.set_num_threads(threads)
     if certified:
@@ -130,11 +131,9 @@ def search(
 
 def _draw(collection: Collection, hits: list[Hit], title: str, path: Path) -> None:
     """A contact sheet, five in a row; a picture that is gone leaves a grey tile."""
-    import io
-
     import torch
 
-    from pair.files import write_atomic
+    from pair.commands import _pictures
     from pair.images import ImageError, load_image, resize_crop
     from pair.pictures import Tile, sheet
 
@@ -149,7 +148,4 @@ def _draw(collection: Collection, hits: list[Hit], title: str, path: Path) -> No
     rows = [(title if i == 0 else "", tiles[i : i + 5]) for i in range(0, len(tiles), 5)]
     if not rows:
         raise ValueError("nothing was found: there is no sheet to draw")
-    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-    data = io.BytesIO()
-    sheet(rows, side=176).save(data, kind, **({} if kind == "PNG" else {"quality": 90}))
-    write_atomic(path, data.getvalue())
+    _pictures.write(sheet(rows, side=176), path)
