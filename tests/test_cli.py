@@ -127,6 +127,27 @@ def test_errors_of_many_lines_are_folded_into_one(monkeypatch, capsys):
     assert capsys.readouterr().err == "pair: first line second line\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "missing.jpg"), "missing.jpg: No such"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied", b"a", None, "b"), "b: Permission denied"),
+        (OSError("cannot write x: full"), "cannot write x: full"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_errors_of_the_system_are_told_without_their_number(error, said, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"pair: {said}")
+
+
 def test_packing_photos(photo_root, tmp_path, pair):
     from pair.data.pack import Pack
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -61,13 +62,25 @@ def _main(
     pass
 
 
+def _sentence(error: ValueError | OSError) -> str:
+    """What an error says, in one line; of the system's own "file: reason", without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(n) for n in (error.filename, error.filename2) if _named(n)]
+        text = ": ".join([*names[-1:], error.strerror])
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _named(name: object) -> bool:
+    return isinstance(name, (str, bytes, os.PathLike)) and bool(name)
+
+
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2, never a traceback."""
     try:
         app()
     except (ValueError, OSError) as error:
-        text = str(error).strip() or type(error).__name__
-        print(f"pair: {' '.join(text.split())}", file=sys.stderr)
+        print(f"pair: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
