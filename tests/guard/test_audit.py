@@ -256,11 +256,16 @@ def test_run_resume_and_report(auditor, folder, tmp_path):
     record = json.loads((out / "audit.json").read_text())
     assert (record["pictures"], record["failed"], record["clean"]) == (9, 1, 9)
     assert record["alarms"] == sum(f["p"] <= 0.5 for f in record["findings"])
+    hanging = sum(f["one_window"] for f in record["findings"])
+    assert record["one_window"] == done.one_window == hanging >= 1
     assert set(record["thresholds"]) == set(STATISTICS) and "heuristic" in record["note"]
     rows = list(csv.DictReader((out / "audit.csv").open()))
     assert [r["uri"] for r in rows] == [f.uri for f in done.findings]
     assert float(rows[0]["drop"]) == pytest.approx(done.findings[0].statistics["drop"], abs=1e-5)
     page = (out / "audit.html").read_text()
+    said = done.said
+    assert said.startswith(f"{record['alarms']} alarm") and f", {hanging} hit" in said
+    assert f"<h1>{said} in 9 pictures</h1>" in page and f"<title>pair audit: {said}<" in page
     assert page.count("<li") == 4 and page.count("data:image/jpeg") == 8 and "heuristics" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # nothing is loaded from elsewhere
 
@@ -320,14 +325,22 @@ def test_command_on_files_and_on_a_collection(folder, tmp_path, monkeypatch, cap
 
     options = ["--encoder", names["encoder"], "--purifier", names["purifier"]]
     options += ["--bank", str(bank), "--draws", "2", "--clean", str(tmp_path / "clean")]
+    options += ["--delta", "2"]  # of a cosine: no hit can lose more with one window
     code, out, err = pair(str(folder), "--out", str(tmp_path / "o"), *options)
-    assert code == 1 and "0 alarms in 9 pictures, 1 could not be read" in out
+    assert code == 1 and "0 alarms, 0 hits that hang on one window in 9 pictures, 1 could" in out
+    tight = str(tmp_path / "tight"), *options, "--delta", "0"
+    code, out, _ = pair(str(folder), "--out", *tight)
+    assert code == 4 and "0 alarms, 6 hits that hang on one window in 9 pictures, 1 could" in out
     assert "399 are needed" in err
     # The clean picture with the largest drop, audited too, ties with itself: p = 4 * 2 / 10.
     both = [str(folder), str(tmp_path / "clean"), "--out", str(tmp_path / "o2")]
     code, out, _ = pair(*both, "--budget", "0.9", *options)
     alarms = json.loads((tmp_path / "o2" / "audit.json").read_text())["alarms"]
-    assert code == 3 and f"{alarms} alarms in 18" in out and alarms >= 1
+    assert code == 3 and out.startswith(f"{alarms} alarm") and "in 18" in out and alarms >= 1
+    (empty := tmp_path / "empty").mkdir()
+    never = [str(folder), "--out", str(tmp_path / "e"), *options[:4], "--clean"]
+    code, _, err = pair(*never, str(empty))
+    assert code == 2 and "no readable picture in --clean" in err and not (tmp_path / "e").exists()
     code, _, err = pair(str(folder), "--out", str(tmp_path / "o"), *options, "--draws", "3")
     assert code == 2 and "other settings" in err and "Traceback" not in err
     assert pair(str(tmp_path / "none"), "--out", str(tmp_path / "n"))[0] == 2
@@ -335,7 +348,13 @@ def test_command_on_files_and_on_a_collection(folder, tmp_path, monkeypatch, cap
     pytest.importorskip("lancedb")
     made = Collection.create(str(tmp_path / "c"), Models.load(**names), root=tmp_path)
     made.add(folder)
+    code, _, err = pair(made.uri, str(folder), "--out", str(tmp_path / "e"), *options)
+    assert code == 2 and f"{made.uri} is a collection: audit it alone" in err
+    code, _, err = pair(*never, made.uri)
+    assert code == 2 and f"--clean: {made.uri} is a collection" in err
     (folder / "3.png").unlink()
-    code, out, _ = pair(made.uri, "--out", str(tmp_path / "oc"), "--bank", str(bank))
-    assert code == 1 and "8 ranked, no thresholds without --clean, 1 could not be read" in out
+    last = "--out", str(tmp_path / "oc"), "--bank", str(bank), "--delta", "2"
+    code, out, _ = pair(made.uri, *last)
+    said = "0 hits that hang on one window in 8 pictures, no alarms without --clean, 1 could"
+    assert code == 1 and said in out
     assert load_image(made.read("p/1.png")).shape == (3, 30, 40)

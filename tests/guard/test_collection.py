@@ -519,6 +519,7 @@ def test_commands(tmp_path, names, photos, monkeypatch, capsys):
     assert "exact (approximate from" in pair("index", "info", uri)[1]
     assert pair("index", "optimise", uri)[0] == 0
     assert pair("index", "remove", uri, "--path", str(photos[0]))[1] == "1 removed\n"
+    (tmp_path / "no pictures").mkdir()
     for wrong in (
         ["search", uri],
         ["search", uri, "x", "--image", "y"],
@@ -531,6 +532,7 @@ def test_commands(tmp_path, names, photos, monkeypatch, capsys):
         ["search", str(tmp_path / "none"), "x"],
         ["index", "add", uri, folder, "--part", "3"],
         ["index", "add", uri, str(tmp_path / "nowhere")],
+        ["index", "add", uri, str(tmp_path / "no pictures")],
         ["index", "remove", uri],
         ["index", "create", str(tmp_path / "d"), *options, "--field", "id:str"],
         ["index", "create", str(tmp_path / "d"), *options, "--field", "a:date"],

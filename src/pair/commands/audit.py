@@ -50,8 +50,9 @@ def audit(
     Stop it at any time; the same command continues where it was.
     These are heuristics: a patch made with knowledge of them can evade them.
 
-    Exit code: 0 no alarm, 3 alarms, 1 some files could not be read (and no
-    alarm), 2 wrong usage, 130/143 stopped by SIGINT/SIGTERM.
+    Exit code: 0 nothing found, 3 alarms, 4 no alarm but hits that hang on one
+    window, 1 nothing found but some files could not be read, 2 wrong usage,
+    130/143 stopped by SIGINT/SIGTERM.
     """
     import torch
     from rich.console import Console
@@ -70,6 +71,12 @@ def audit(
         queries = sentences(embedded.labels(), HELD_OUT_TEMPLATES[1:2])
     else:
         queries = [q.strip() for q in bank.read_text("utf-8").splitlines() if q.strip()]
+    for text in sources if len(sources) > 1 else ():
+        if _is_collection(text):
+            raise ValueError(f"{text} is a collection: audit it alone")
+    for text in clean or ():
+        if _is_collection(text):
+            raise ValueError(f"--clean: {text} is a collection: name files, folders, lists, shards")
     source: Collection | list[str] = sources
     if len(sources) == 1 and _is_collection(sources[0]):
         source = Collection.open(sources[0], root=root, device=device)
@@ -102,16 +109,16 @@ def audit(
     failed = f", {result.failed} could not be read (see {out / 'failures.jsonl'})"
     failed = failed if result.failed else ""
     if not result.clean:
-        typer.echo(f"{len(result.findings)} ranked, no thresholds without --clean{failed}: {page}")
-    else:
-        typer.echo(f"{result.alarms} alarms in {len(result.findings)} pictures{failed}: {page}")
+        failed = f", no alarms without --clean{failed}"
+    typer.echo(f"{result.said} in {len(result.findings)} pictures{failed}: {page}")
     if result.clean and result.powerless:
         typer.echo(
             f"pair: no alarm is possible with {len(result.clean)} clean pictures at a budget of "
             f"{budget}: {result.powerless} are needed",
             err=True,
         )
-    raise typer.Exit(3 if result.alarms else 1 if result.failed else 0)
+    found = 3 if result.alarms else 4 if result.one_window else 0
+    raise typer.Exit(found or (1 if result.failed else 0))
 
 
 def _is_collection(text: str) -> bool:

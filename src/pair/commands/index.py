@@ -128,6 +128,8 @@ def add(
             report = collection.add(
                 *paths, **options, part=_part(part), progress=progress, stop=stop.is_set
             )
+    if not report.seen and not report.stopped and part == "1/1":
+        raise ValueError(f"no image found in {', '.join(paths)}")
     counts = {k: getattr(report, k) for k in ("seen", "added", "present", "repeated", "failed")}
     if json:
         typer.echo(js.dumps({**counts, "stopped": report.stopped, "uri": collection.uri}))

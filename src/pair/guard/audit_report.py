@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from pair.files import write_atomic
-from pair.guard.audit import HEURISTIC, STATISTICS, Finding
+from pair.guard.audit import HEURISTIC, PROVED, STATISTICS, Finding
 from pair.guard.audit_run import Audit
 from pair.images import ImageError, from_pil, load_image, resize, to_pil
 from pair.pages import render
@@ -33,9 +33,10 @@ def write(audit: Audit, settings: dict[str, Any], out: Path, *, shown: int = 50)
         "clean": len(audit.clean),
         "budget": audit.budget,
         "alarms": audit.alarms,
+        "one_window": audit.one_window,
         "thresholds": {k: _number(v) for k, v in audit.thresholds.items()},
         "settings": settings,
-        "note": HEURISTIC,
+        "note": f"{HEURISTIC} {PROVED}",
         "findings": [f.record() for f in audit.findings],
     }
     cards = [_card(audit, f, rank) for rank, f in enumerate(audit.findings[:shown], 1)]
@@ -44,7 +45,7 @@ def write(audit: Audit, settings: dict[str, Any], out: Path, *, shown: int = 50)
         cards=cards,
         facts=record,
         thresholds=audit.thresholds,
-        note=HEURISTIC,
+        said=audit.said,
         powerless=audit.powerless,
         delta=settings["delta"],
         patch=settings["patch"],

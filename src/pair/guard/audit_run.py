@@ -48,6 +48,19 @@ class Audit:
         return sum(f.alarm for f in self.findings)
 
     @property
+    def one_window(self) -> int:
+        """Hits that lose more than delta with one window. Counted apart from the alarms: no
+        budget holds for them, and a patch that lifts a picture by more cannot avoid it."""
+        return sum(f.one_window for f in self.findings)
+
+    @property
+    def said(self) -> str:
+        """What was found: "3 alarms, 5 hits that hang on one window"."""
+        hanging = "hit that hangs" if self.one_window == 1 else "hits that hang"
+        alarms = [f"{self.alarms} alarm{'' if self.alarms == 1 else 's'}"] if self.clean else []
+        return ", ".join([*alarms, f"{self.one_window} {hanging} on one window"])
+
+    @property
     def powerless(self) -> int:
         """Clean pictures that an alarm needs, if there are fewer (0: enough)."""
         wanted = conformal.needed(self.budget, len(STATISTICS))
@@ -72,6 +85,8 @@ def audit(
     there is a ranking by ``drop`` but no alarm. The same call goes on where one was stopped.
     """
     conformal.needed(budget, 1)  # refuses a budget outside (0, 1) before any work
+    if clean and next(sources.find(clean), None) is None:  # hours before it is needed
+        raise ValueError(_no_clean(clean))
     out = Path(out)
     make_folder(out)
     pictures = _of_collection(source) if isinstance(source, Collection) else sources.find(source)
@@ -86,11 +101,17 @@ def audit(
         return result
     if not findings:
         raise ValueError("there is no readable picture to audit")
+    if clean and not held:
+        raise ValueError(_no_clean(clean))
     auditor.compare([*findings, *held], findings)
     if held:
         result.thresholds = auditor.judge(findings, held, budget)
     findings.sort(key=lambda f: (f.p, -f.statistics["drop"], f.uri))
     return result
+
+
+def _no_clean(clean: Sequence[str | os.PathLike[str]]) -> str:
+    return f"there is no readable picture in --clean: {', '.join(map(str, clean))}"
 
 
 class _Run:
