@@ -125,6 +125,16 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text
             )
 
+    def click(self, selector: str) -> None:
+        """With the mouse, in the middle."""
+        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
+        self.run(f"document.querySelector({selector!r}).scrollIntoView({{ block: 'center' }})")
+        x, y = self.run(f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+            )  # fmt: skip
+
     def overflows(self) -> bool:
         """Does the page need sideways scrolling?"""
         return bool(

@@ -38,7 +38,7 @@ def report(path: Path) -> Path:
         case = demo.Case("laptop", picture(), picture(), picture(), picture(), panel)
         rows = [demo.Row("advertisement in top 10 (irrelevant R@10)", 1.0, 95.0, 0.0, 5.0)] * 5
         parts.append(demo.Part(f"{part} search, patch 0.35 of the side", rows, [case]))
-    facts = {"seed": "7", "seconds": "60", "threads": "2"}
+    facts = {"seed": "7", "seconds": "60", "threads": "2", "draws": "1"}
     path.write_text(render("demo", parts=parts, facts=facts), "utf-8")
     return path
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from pair.guard.ingest import AddReport
 from pair.guard.stores import Row
 
 COUNTS = ("seen", "added", "present", "repeated", "failed")
+_WORKER = re.compile(r"^(?!ray\.)[\w.]*(?:Error|Exception): (.+)$", re.M)
 PARTS = 4  # units per worker, of paths that are not shards
 
 
@@ -94,6 +97,7 @@ def add_with_ray(
     ray = _library()
     with _plain_errors("start"):
         if not ray.is_initialized():
+            _knock(os.environ.get("RAY_ADDRESS", ""), ray)
             ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
     # Progress is told by the caller, in its own words.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -131,6 +135,23 @@ def add_with_ray(
     return report
 
 
+def _knock(address: str, ray: Any) -> None:
+    """Ray itself tries for a quarter of an hour to reach a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdecimal():
+        return  # none, "auto", "local", or a client's address
+    # Of this machine Ray takes the outer address.
+    for name in (host, ray.util.get_node_ip_address()):
+        try:
+            socket.create_connection((name, int(port)), 10).close()
+            return
+        except (OSError, OverflowError):
+            pass
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            break
+    raise OSError(f"nobody answers at {address}, see RAY_ADDRESS")
+
+
 def _rows(data: Any) -> Iterator[dict[str, Any]]:
     with _plain_errors("finish"):
         yield from data.iter_rows()
@@ -149,6 +170,8 @@ def _plain_errors(doing: str) -> Iterator[None]:
         first: BaseException = error
         while (cause := getattr(first, "cause", None) or first.__cause__) is not None:
             first = cause
-        text = str(first).strip() or type(first).__name__
+        # A worker's own error is a line between the stacks; Ray's advice comes after it.
+        worker = _WORKER.search(str(error))
+        text = worker[1] if worker else str(first).strip() or type(first).__name__
         kind = ValueError if isinstance(first, ValueError) else OSError
         raise kind(f"Ray could not {doing}: {text.splitlines()[-1][:300]}") from error

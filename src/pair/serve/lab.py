@@ -22,9 +22,14 @@ CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
 #samples .gallery { display: grid; grid-template-columns: repeat(6, 1fr); gap: .4rem; }
-#samples .gallery-item, #samples .gallery-item .container { width: 100%; height: auto;
-  margin: 0; padding: 0; aspect-ratio: 1; overflow: hidden; }
+#samples .gallery-item, #samples .gallery-item span, #samples .gallery-item .container {
+  display: block; width: 100%; height: auto; margin: 0; padding: 0; aspect-ratio: 1;
+  overflow: hidden; }
 #samples .gallery-item img { width: 100%; height: 100%; max-width: none; object-fit: cover; }
+.gradio-container :is(input, textarea, button, a):focus-visible {
+  outline: 2px solid #3b82f6 !important; outline-offset: 2px !important; }
+.gradio-container input[type=range]::-webkit-slider-thumb { border: 1px solid #6b7280; }
+.gradio-container :is(.min_value, .max_value) { color: var(--body-text-color-subdued) !important; }
 .pair-lab .say { margin: .3rem 0; color: var(--body-text-color); }
 .pair-lab h3 { margin: 1.2rem 0 .2rem; font-size: 1.05rem; }
 .pair-lab figure { margin: 0; }
@@ -46,6 +51,20 @@ footer { display: none !important; }
 """
 SCROLL = """() => document.querySelector("#result").scrollIntoView(
   { behavior: "smooth", block: "start" })"""
+# Gradio names every sample "submit". Tab in a list opens it again on the way out, and goes into the
+# list, which then disappears.
+POLISH = """() => {
+  const each = (what, act) => document.querySelectorAll(what).forEach(act);
+  const mend = () => {
+    each("#samples .gallery-item", (s, i) => s.setAttribute("aria-label", `sample ${i + 1}`));
+    each("ul.options", u => { u.tabIndex = -1; });
+  };
+  new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
+  mend();
+  document.addEventListener("keydown", e => {
+    if (e.key === "Tab" && e.target.getAttribute("role") === "combobox") e.stopPropagation();
+  }, true);
+}"""
 ABOUT = """# Attack a picture, watch the defense
 
 Choose a picture and a patch, and say for which search the picture shall appear. The attack then
@@ -135,7 +154,8 @@ def page(scene: Scene) -> Any:
             try:
                 yield from run(*(scene, *inputs, attack))
             except (ImageError, ValueError) as error:
-                raise gradio.Error(getattr(error, "reason", str(error)), duration=8) from error
+                told = getattr(error, "reason", str(error))
+                raise gradio.Error(told, duration=8, print_exception=False) from error
 
         return act
 
@@ -160,7 +180,10 @@ def page(scene: Scene) -> Any:
                     sources=["upload"], buttons=[], visible=False, elem_id="own",
                 )  # fmt: skip
                 size = gradio.Slider(0.1, 0.5, 0.35, step=0.05, label="Side, as a share")
-                place = gradio.Dropdown(list(PLACES), value="top-right", label="Place")
+                place = gradio.Dropdown(
+                    list(PLACES), value="top-right", label="Place", filterable=False,
+                    elem_id="place",
+                )  # fmt: skip
             with gradio.Column(min_width=280):
                 words = gradio.Dropdown(
                     labels, value="laptop" if "laptop" in labels else labels[0],
@@ -172,7 +195,7 @@ def page(scene: Scene) -> Any:
                 start = gradio.Button("Attack and search", variant="primary", elem_id="attack")
                 plain = gradio.Button("Search without an attack", elem_id="search")
                 halt = gradio.Button("Stop", variant="stop", elem_id="stop")
-        result = gradio.HTML(elem_id="result")
+        result = gradio.HTML(elem_id="result", padding=False)
         kind.change(
             lambda chosen: (
                 gradio.update(visible=chosen in ("QR code", "text")),
@@ -191,6 +214,7 @@ def page(scene: Scene) -> Any:
         halt.click(None, cancels=running)
         for button in (start, plain):
             button.click(None, js=SCROLL)
+        blocks.load(None, js=POLISH)
     return blocks
 
 
@@ -200,7 +224,7 @@ def options() -> dict[str, Any]:
     plain = ["system-ui", "sans-serif"]
     theme = gradio.themes.Base(
         font=plain, font_mono=["ui-monospace", "monospace"], primary_hue="blue"
-    )
+    ).set(body_text_color_subdued="*neutral_500")
     return {"theme": theme, "css": CSS, "max_file_size": UPLOAD, "ssr_mode": False}
 
 
