@@ -44,22 +44,21 @@ def trade_off(table: Table, scenario: Scenario) -> bytes:
     """Figure 1: clean quality against the success of the adaptive attack, ours and the paper's."""
     plt = _library()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    named: list[dict[str, tuple[float, float]]] = [{}, {}]
     clean = dict(_column(table, "clean", scenario))
     attack = dict(_column(table, "adaptive.irrelevant", scenario))
-    for i, label in enumerate(clean):
-        colour = COLOURS[i % len(COLOURS)]
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(clean)}
+    for label, colour in colours.items():
         x, y = clean[label], attack[label]
         if x.mean is not None and y.mean is not None:
             face = "none" if y.grey else colour
             panels[0].errorbar(x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]],
                                yerr=[[y.mean - y.low], [y.high - y.mean]], fmt="o",
                                color=colour, mfc=face, lw=0.8)  # fmt: skip
-            panels[0].annotate(label, (x.mean, y.mean), xytext=(5, 4),
-                               textcoords="offset points", fontsize=8)  # fmt: skip
+            named[0][label] = x.mean, y.mean
         if x.printed and x.printed[-1] is not None and y.printed[-1] is not None:
             panels[1].plot(x.printed[-1], y.printed[-1], "s", color=colour)
-            panels[1].annotate(label, (x.printed[-1], y.printed[-1]), xytext=(5, 4),
-                               textcoords="offset points", fontsize=8)  # fmt: skip
+            named[1][label] = x.printed[-1], y.printed[-1]
     titles = (f"measured here ({table.facts['scale']})", "the paper, MSCOCO")
     metrics = ("clean P@10 or R@10, %", "clean R@10, %")
     for panel, title, metric in zip(panels, titles, metrics, strict=True):
@@ -67,7 +66,32 @@ def trade_off(table: Table, scenario: Scenario) -> bytes:
         panel.set_ylim(-5, 105)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("irrelevant R@10, adaptive, %  (lower is better)")
+    figure.tight_layout()  # labels are placed by their size
+    for panel, points in zip(panels, named, strict=True):
+        for label, text in _labels(panel, points).items():
+            text.set_color(colours[label])
     return _png(plt, figure)
+
+
+def _labels(panel: Any, points: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """A name beside each point, where it hides no other name or point and stays in the panel."""
+    places = [(x, y, side) for y in (4, -11, 14, -21, 24, -31, 34, -41)
+              for x, side in ((5, "left"), (-5, "right"))]  # fmt: skip
+    inside = panel.get_window_extent()
+    spots = panel.transData.transform(list(points.values())) if points else []
+    made: dict[str, Any] = {}
+    taken: list[Any] = []
+    for label, point in points.items():
+        text = panel.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for x, y, side in places:
+            text.set(position=(x, y), ha=side)
+            box = text.get_window_extent()
+            covers = box.count_overlaps(taken) or box.count_contains(spots)
+            if not covers and inside.x0 <= box.x0 and box.x1 <= inside.x1:
+                break
+        taken.append(text.get_window_extent())
+        made[label] = text
+    return made
 
 
 def _over(rows: list[tuple[float, dict[str, Any]]], label: str, scale: str = "linear") -> bytes:

@@ -26,6 +26,23 @@ def flat(table: Table) -> tuple[list[str], list[list[tuple[str, Value | None]]]]
     return columns, rows
 
 
+def brief(table: Table) -> tuple[list[str], list[list[tuple[str, Value | None]]]]:
+    """:func:`flat` for a narrow screen: clean, irrelevant and (adaptive) relevant, means alone."""
+    kept = [
+        i
+        for i, title in enumerate(table.columns)
+        if title.split()[-1] in ("clean", "irrelevant")
+        or (title.split()[-1] == "relevant" and "non-adaptive" not in title)
+    ]
+    if not kept:
+        return flat(table)
+    rows: list[list[tuple[str, Value | None]]] = [
+        [(label, None), *((values[i].shown(interval=False), values[i]) for i in kept)]
+        for label, values in table.rows
+    ]
+    return ["", *(table.columns[i] for i in kept)], rows
+
+
 def data(table: Table) -> dict[str, Any]:
     """What ``scripts/readme.py`` renders: columns, rows of strings, a note; and the numbers."""
     columns, rows = flat(table)

@@ -148,6 +148,8 @@ def load(name: str) -> Scenario:
     """A scenario by name, or from a TOML file of your own."""
     path = Path(name) if name.endswith(".toml") else folder() / f"{name}.toml"
     if not path.is_file():
+        if name.endswith(".toml"):
+            raise ValueError(f"no file {name}")
         raise ValueError(
             f"no scenario {name!r}: use one of {', '.join(NAMES)}, or a path that ends in .toml"
         )

@@ -45,14 +45,15 @@ class Value:
     text: str = ""  # shown instead of a number
 
     def __str__(self) -> str:
+        return self.shown(interval=not self.single)
+
+    def shown(self, interval: bool) -> str:
         if self.text:
             return self.text
         if self.mean is None:
             return "failed" if self.message else "–"
-        mark = " †" if self.grey else ""
-        if self.single:
-            return f"{self.mean:.1f}{mark}"
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]{mark}"
+        ends = f" [{self.low:.1f}, {self.high:.1f}]" if interval else ""
+        return f"{self.mean:.1f}{ends}{' †' if self.grey else ''}"
 
     @property
     def paper(self) -> str:
@@ -313,15 +314,16 @@ def _notes(scenario, lines, facts, failures, checks) -> list[str]:
 
 def _proof(label: str, lines: list[Line]) -> str:
     """What was proved about the queries of a row: from clean pictures, not by an attack."""
-    own = [x for x in lines if x["label"] == label and "proved" in x.get("result", {})]
-    found = {}
-    for name in ("irrelevant", "relevant"):
-        rows = [(v, x["unit"]) for x in own for v in x["result"]["proved"][name]]
-        found[name] = str(Value(*interval([v for v, _ in rows], [u for _, u in rows])))
+    own = [x["result"]["proved"] for x in lines
+           if x["label"] == label and "proved" in x.get("result", {})]  # fmt: skip
+    most, least = (
+        100 * _average([_average(p[name]) for p in own]) for name in ("irrelevant", "relevant")
+    )
+    vacuous = " That is no bound: it proves nothing." if most > 99.95 else ""
     return (
         f"{label}: proved for the attacked queries, from their clean pictures and for every patch "
-        f"of that size at any place: irrelevant at most {found['irrelevant']}, relevant at least "
-        f"{found['relevant']}."
+        f"of that size at any place: irrelevant at most {most:.1f}, relevant at least {least:.1f}."
+        f"{vacuous}"
     )
 
 
