@@ -9,9 +9,10 @@ Text search on the embedded photos with the models that ship. For each keyword, 
 * ``does not know``: optimised against the undefended encoder;
 * ``knows PAIR``: optimised through the purifier with fresh masks (EOT-1);
 * ``knows the audit``: aims at the undefended search, and pays for exceeding what raises an alarm;
-* ``knows PAIR and the audit``: the same, aimed at the search among purified pictures.
+* ``knows PAIR and the audit``: the same, aimed at the search among purified pictures;
+* ``knows both, risks alarms``: pays a tenth of that, so that single pictures may be caught.
 
-The last two know the bank of queries, the windows and the alarm thresholds of ``drop``, ``shift``
+The last three know the bank of queries, the windows and the alarm thresholds of ``drop``, ``shift``
 and ``spread``. What the windows over the patch leave of a score no patch can change, so the only
 way under ``drop`` is to lift the undefended score less (Theorem 10).
 
@@ -51,7 +52,8 @@ from pair.images import decode, save_image, shrink
 SIZE, SHARE, BUDGET, SEED = 112, 0.35, 0.01, 7
 PENALTY, MARGIN = 20.0, 0.9  # the audit's attackers stay below this share of every threshold
 CARRIERS = 4  # advertisements per step of the attacks through the purifier, drawn anew
-KINDS = ("no patch", "does not know", "knows PAIR", "knows the audit", "knows PAIR and the audit")
+KINDS = ("no patch", "does not know", "knows PAIR", "knows the audit", "knows PAIR and the audit",
+         "knows both, risks alarms")  # fmt: skip
 ADAM = TTHConfig(distortion=0.0, lr=0.03, schedule="cosine", retry=False, start="grey",
                  precision="bf16")  # fmt: skip
 
@@ -104,7 +106,8 @@ class Bench:
                 features = pipeline(encoder, purifier)
             else:
                 features = Seen(encoder, purifier, self.ads)
-                goal = Quiet(self, target, purified=kind == KINDS[-1])
+                weight = PENALTY / 10 if kind == KINDS[5] else PENALTY
+                goal = Quiet(self, target, purified=kind != KINDS[3], weight=weight)
             config = replace(ADAM, steps=steps, carriers=carriers)
             result = tth(features, self.ads, goal, config=config,
                          generator=torch.Generator().manual_seed(1),
@@ -181,8 +184,9 @@ class Seen:
 class Quiet:
     """1 - cos to the keyword, plus what would raise an alarm."""
 
-    def __init__(self, bench: Bench, target: Tensor, purified: bool):
+    def __init__(self, bench: Bench, target: Tensor, purified: bool, weight: float = PENALTY):
         self.target, self.purified = F.normalize(target, dim=0), purified
+        self.weight = weight
         self.bars = {name: MARGIN * bar for name, bar in bench.bars.items()}
         self.queries = bench.auditor.queries
         side = round(SHARE * SIZE)
@@ -202,7 +206,7 @@ class Quiet:
         shift = 1 - (plain * clean).sum(1) - self.bars["shift"]
         spread = 1 - (one * two).sum(1) - self.bars["spread"]
         excess = drop.clamp(min=0) + shift.clamp(min=0) + spread.clamp(min=0)
-        return 1 - aim @ self.target + PENALTY * excess
+        return 1 - aim @ self.target + self.weight * excess
 
 
 def value_of(finding: Finding, name: str) -> float:
@@ -282,7 +286,7 @@ def main() -> int:
     parser.add_argument("--gallery", type=int, default=368, help="clean photos in the gallery")
     parser.add_argument("--clean", type=int, default=440, help="clean photos for the thresholds")
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs=4, default=(100, 150, 120, 120),
+    parser.add_argument("--steps", type=int, nargs=5, default=(100, 150, 120, 120, 120),
                         help="of each attacker")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/audit"))

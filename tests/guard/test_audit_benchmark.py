@@ -18,7 +18,7 @@ from pair.guard.models import Models
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import audit
 
-STEPS = ("--steps", 2, 2, 2, 2)
+STEPS = ("--steps", 2, 2, 2, 2, 2)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_runs_continues_and_refuses_other_settings(small, tmp_path, capsys):
     assert [r["attack"] for r in first["records"]] == list(audit.KINDS)
     assert call(small, "--keywords", "red,blue", *STEPS) == 0
     both = json.loads((tmp_path / "audit.json").read_text())
-    assert both["records"][:5] == first["records"], "the first keyword is not computed again"
+    assert both["records"][:6] == first["records"], "the first keyword is not computed again"
     assert [row[0] for row in both["rows"]] == list(audit.KINDS)
     for record in both["records"]:
         assert record["auroc"].keys() == {*audit.STATISTICS, "focus", "combined"}
@@ -57,7 +57,7 @@ def test_runs_continues_and_refuses_other_settings(small, tmp_path, capsys):
     columns = both["tables"]["evaded"]["columns"]
     assert all(len(row) == len(columns) for row in both["tables"]["evaded"]["rows"])
     with pytest.raises(SystemExit, match="other settings"):
-        call(small, "--keywords", "red", "--steps", 3, 2, 2, 2)
+        call(small, "--keywords", "red", "--steps", 3, 2, 2, 2, 2)
     with pytest.raises(SystemExit, match="no photos of zebra"):
         call(small, "--keywords", "zebra", *STEPS)
 
