@@ -71,7 +71,7 @@ class AdvHashConfig:
 
 
 _ADAM: dict[str, Any] = {"size": 0.22, "optimiser": "adam"}
-_SHRINK: dict[str, Any] = {**_ADAM, "shrink": 0.5, "placement": "centre"}
+_SHRINK: dict[str, Any] = {**_ADAM, "lr": 0.05, "shrink": 0.5, "placement": "centre"}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 0.22, "eot": 7},
     "released": {"compat": True},

@@ -146,21 +146,21 @@ def shrinking(
 
     A hash code has no slope to follow as long as the photo outweighs the patch: from any start a
     small patch may gain nothing, where one of ``first`` of the side succeeds at once. What is left
-    of that one after each cut is a start that the small patch does not find by itself. The last
-    third of ``config.steps`` belongs to the final size, the rest in equal parts to the larger ones;
-    each stage has its own schedule. ``losses`` are those of the final size, ``curves`` has the
-    loss at the end of every stage and the side of its patch as a share of the image, ``snapshots``
-    the patch of every larger stage at its last step.
+    of that one after each cut is a start that the small patch does not find by itself. A quarter
+    of ``config.steps`` belongs to the largest, a third to the final size, the rest in equal parts
+    to those between; each stage has its own schedule. ``losses`` are those of the final size,
+    ``curves`` has the loss at the end of every stage and the side of its patch as a share of the
+    image, ``snapshots`` the patch of every larger stage at its last step.
     """
     if patch.placement.random or config.scope != "universal" or config.restarts:
         raise ValueError("shrinking needs one place, one universal patch and no restarts")
     generator = generator or torch.Generator().manual_seed(0)
     seed, image = generator.initial_seed(), (int(images.shape[-2]), int(images.shape[-1]))
     boxes = _boxes(patch, image, first, stages)
-    last = max(1, config.steps // 3) if len(boxes) > 1 else config.steps
-    before = config.steps - last
-    ends = [before * (i + 1) // max(1, len(boxes) - 1) for i in range(len(boxes) - 1)]
-    ends.append(config.steps)
+    # The largest must succeed, or there is nothing to hand on: a quarter; the final size: a third.
+    begin, between = config.steps // 4, len(boxes) - 2
+    rest = config.steps - config.steps // 3 - begin
+    ends = [begin + rest * i // max(1, between) for i in range(len(boxes) - 1)] + [config.steps]
     content = F.interpolate(patch.content[None], boxes[0][1], mode="bilinear")[0]
     used = forwards = done = 0
     seconds = 0.0
