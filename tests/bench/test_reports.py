@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pair.bench import markup, report, tables
 from pair.bench.scenario import load
 from pair.cli import app
+from pair.commands import bench
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "bench"
@@ -204,6 +207,31 @@ def test_published_tables_agree_with_their_cells(path):
     assert markup.latex(made) == path.with_suffix(".tex").read_text()
 
 
+def test_a_narrow_screen_gets_the_main_columns():
+    columns = [
+        "clean", "adaptive: irrelevant", "adaptive: relevant", "non-adaptive: irrelevant",
+        "non-adaptive: relevant", "relevant, same queries, no patch", "irrelevant, no patch",
+    ]  # fmt: skip
+    values = [tables.Value(80.0 + i, 70.1, 99.9, printed=[88.86, 87.72]) for i in range(7)]
+    values[1].grey = ["failed"]
+    rows = [(label, values) for label in ("undefended", "PAIR, certified")]
+    table = tables.Table("table1", "Table 1", columns, rows, [i < 5 for i in range(7)], [], {})
+
+    def shown(width: int) -> str:
+        console = Console(width=width, file=io.StringIO())
+        assert bench._print(console, table) == (width > 100)
+        return console.file.getvalue()
+
+    narrow, wide = shown(80), shown(300)
+    lines = narrow.splitlines()
+    assert max(map(len, lines)) <= 80 and "[" not in narrow and "paper" not in narrow
+    assert "non-adaptive:" in narrow and "irrelevant" in narrow and "…" not in narrow
+    (row,) = [line for line in lines if line.startswith("│ PAIR, certified ")]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["PAIR, certified", "80.0", "81.0 †", "82.0", "83.0"]
+    assert "84.0 [70.1, 99.9]" in wide and "88.86 / 87.72" in wide
+
+
 def test_figures_are_drawn(finished, tmp_path):
     pytest.importorskip("matplotlib")
     from pair.bench import figures
@@ -213,3 +241,18 @@ def test_figures_are_drawn(finished, tmp_path):
     made = figures.drawn(scenario, report.table_of(scenario, lines), lines)
     assert set(made) == {"table1-trade-off"}
     assert made["table1-trade-off"].startswith(b"\x89PNG")
+
+
+def test_names_in_a_figure_do_not_hide_each_other():
+    pytest.importorskip("matplotlib")
+    from pair.bench import figures
+
+    plt = figures._library()
+    figure, panel = plt.subplots()
+    panel.set(xlim=(0, 100), ylim=(0, 100))
+    points = {f"a long name {i}": (99.0, 90 + i / 2) for i in range(6)}
+    boxes = [text.get_window_extent() for text in figures._labels(panel, points).values()]
+    plt.close(figure)
+    edge = panel.get_window_extent().x1
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:i]) and box.x1 <= edge

@@ -100,8 +100,9 @@ def run(
 ) -> None:
     """Measure scenarios (default: all), cell by cell.
 
-    Stop it at any time; the same command continues where it was. Several processes may run it
-    at once on the same folder: each takes the cells that no other has.
+    Stop it at any time; the same command continues where it was. Several
+    processes may run it at once on the same folder: each takes the cells that
+    no other has.
     """
     import torch
     from rich.console import Console
@@ -199,10 +200,10 @@ def report(
         raise ValueError(f"{root} holds no finished cell of these settings: 'pair bench run' first")
     pages.write_leaderboard(target)
     path = pages.page(target)
-    for section in pages.sections(target):
-        if section.table is not None:
-            _print(console, section.table)
-    console.print(f"open [bold]{path}[/bold] in a browser")
+    tables = [section.table for section in pages.sections(target) if section.table is not None]
+    whole = [_print(console, table) for table in tables]
+    more = "" if all(whole) else "with intervals and all columns: "
+    console.print(f"{more}open [bold]{path}[/bold] in a browser")
 
 
 def _benches(names: list[str] | None, scale: str, out: Path | None, given: dict[str, Any]):
@@ -220,6 +221,11 @@ def _benches(names: list[str] | None, scale: str, out: Path | None, given: dict[
             add(other)
         if found.name not in made and found.rows:
             settings = scenario.settings(found, scale, **given)
+            if settings.data and settings.source == "embedded":
+                raise ValueError(
+                    f"--data: {found.name} at the scale {scale!r} measures on the photos of this "
+                    "package; on yours with --scale paper"
+                )
             made[found.name] = Bench(scenario.at_scale(found, scale), settings, store)
 
     for name in names or scenario.NAMES:
@@ -255,12 +261,21 @@ def _status(console: Any, bench: Any):
     return shown()
 
 
-def _print(console: Any, table: Any) -> None:
+def _print(console: Any, table: Any) -> bool:
+    """False if the console is too narrow for all columns: then the main ones, without intervals."""
     from rich.table import Table
 
-    from pair.bench.markup import flat
+    from pair.bench.markup import brief, flat
 
     columns, rows = flat(table)
+    width = 1
+    for i, name in enumerate(columns):  # headings and labels may wrap between words
+        cells = [row[i][0] for row in rows]
+        words = " ".join([name, *cells] if i == 0 else [name]).split()
+        width += 3 + max(map(len, words if i == 0 else [*words, *cells]), default=0)
+    whole = width <= console.width
+    if not whole:
+        columns, rows = brief(table)
     shown = Table(title=table.title, title_justify="left")
     for i, name in enumerate(columns):
         shown.add_column(name, justify="right" if i else "left")
@@ -269,3 +284,4 @@ def _print(console: Any, table: Any) -> None:
             *(f"[dim]{t}[/dim]" if v and v.grey else t.replace("[", "\\[") for t, v in row)
         )
     console.print(shown)
+    return whole
