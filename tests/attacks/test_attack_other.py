@@ -10,7 +10,7 @@ from attack_models import encoder, photos, purifier, seeded
 from pair.attacks import objectives as goals
 from pair.attacks.advhash import AdvHashConfig
 from pair.attacks.blackbox import TopKOracle, nes, random_search
-from pair.attacks.cost import estimate, halved_steps, measure
+from pair.attacks.cost import Cost, estimate, halved_steps, measure
 from pair.attacks.evaluate import best_of, draw_outputs, enters, score, transfer
 from pair.attacks.floor import crops, floor, tiled, typographic
 from pair.attacks.objectives import HubGoal, TextGoal
@@ -239,5 +239,7 @@ def test_costs():
     hashing = AdvHashConfig(epochs=2, batch=10, iterations=100, eot=3)
     assert estimate(hashing, 25).updates == 2 * 3 * 100
     text = str(estimate(TTHConfig(steps=100), 10, 0.001))
-    assert "1,000 sample gradients" in text and "0:00:01" in text
+    assert "1,000 sample gradients" in text and "about 0:00:01 here" in text
+    said = str(Cost(1, 1, 0.2))
+    assert said.startswith("1 update, at most 1 sample gradient (") and "less than a second" in said
     assert 0 < measure(pipeline(encoder(), purifier()), photos(2), 2, repeats=1) < 10

@@ -23,9 +23,13 @@ def pixels(size: int | float, image_side: int) -> int:
     elif 0.0 < size <= 1.0:
         length = int(size * image_side)
     else:
-        raise ValueError(f"a share of the side must lie in (0, 1], got {size}; pixels are ints")
+        raise ValueError(
+            f"sizes (--size) are shares of the image's side, above 0 and at most 1: got {size}"
+        )
     if length < 1:
-        raise ValueError(f"a patch of side {size} has no pixel on an image of side {image_side}")
+        raise ValueError(
+            f"a patch of size {size} (--size) has no pixel on an image of side {image_side}"
+        )
     return length
 
 

@@ -25,14 +25,24 @@ class Cost:
 
     def __str__(self) -> str:
         text = (
-            f"{self.updates:,} updates, at most {self.gradients:,} sample gradients (one forward "
+            f"{counted(self.updates, 'update')}, at most "
+            f"{counted(self.gradients, 'sample gradient')} (one forward "
             "and one backward pass each; one more forward where memory is saved)"
         )
-        if self.seconds is None:
-            return text
-        m, s = divmod(round(self.seconds), 60)
-        h, m = divmod(m, 60)
-        return f"{text}, about {h}:{m:02d}:{s:02d} here"
+        return text if self.seconds is None else f"{text}, {duration(self.seconds)} here"
+
+
+def counted(n: int, what: str) -> str:
+    """Such as "1 update" or "1,200 updates"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """About h:mm:ss."""
+    if seconds < 1:
+        return "less than a second"
+    m, s = divmod(round(seconds), 60)
+    return f"about {m // 60}:{m % 60:02d}:{s:02d}"
 
 
 def measure(

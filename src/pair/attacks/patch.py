@@ -253,7 +253,7 @@ class Patch:
         sheet = png.with_suffix(".json")
         for file in (png, sheet):
             if not file.is_file():
-                raise ValueError(f"no patch at {path}: {file} is missing")
+                raise ValueError(f"{file} is missing: a patch is a .png and its .json")
         try:
             facts = json.loads(sheet.read_text())
             place = Placement(**facts["placement"])
