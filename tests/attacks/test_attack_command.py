@@ -65,7 +65,7 @@ def test_tth_in_other_shapes_for_print_with_few_carriers_until_it_levels_off(fol
     pair(*base, "--steps", 500, "--lr", 1e-7, "--plateau", 3, "--out", tmp_path / "flat")
     assert Patch.load(tmp_path / "flat").notes["stopped"] == "plateau"
     for words, message in (
-        (("--shape", "heart"), "no shape 'heart'"),
+        (("--shape", "heart"), "no shape 'heart'.*mask:<picture>$"),
         (("--shape", "frame:0.6"), "no shape 'frame:0.6'.*leaves no middle"),
         (("--carriers", 9), "carriers must lie in 1 to 3"),
     ):
@@ -120,6 +120,36 @@ def test_apply_scales_to_each_photo(folder, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
+def test_words_that_the_model_does_not_know_are_named(folder, tmp_path):
+    base = ("attack", "tth", folder / "ads", "--model", folder / "clip", "--dry-run", "--out",
+            tmp_path / "p")  # fmt: skip
+    said = pair(*base, "--keyword", "laptop zebra")
+    assert f"{folder / 'clip'} does not know: zebra\n" in said
+    assert "does not know" not in pair(*base, "--keyword", "laptop")
+    with pytest.raises(ValueError, match="--keyword is empty"):
+        pair(*base, "--keyword", " ")
+    lines = tmp_path / "searches.txt"
+    lines.write_text("laptop photo\nqwertz\n")
+    assert "does not know: qwertz\n" in pair(*base, "--searches", lines)
+
+
+def test_models_of_open_clip_are_named_in_one_word(monkeypatch):
+    from pair.commands._attack import text_model
+    from pair.guard.models import _load
+    from pair.retrieval.openclip import OpenClip
+
+    monkeypatch.setattr(OpenClip, "from_pretrained", lambda *names, **options: (*names, options))
+    quick = {"force_quick_gelu": True}
+    for load in (lambda name: text_model(name, None), lambda name: _load("encoder", name)):
+        assert load("open_clip:ViT-B-32/openai") == ("ViT-B-32", "openai", quick)
+        assert load("open_clip:ViT-B-32//a@b/c.pt") == ("ViT-B-32", "/a@b/c.pt", {})
+        assert load("open_clip:local-dir:mine") == ("local-dir:mine", {})
+        assert load("open_clip:ViT-B-32@laion2b") == ("ViT-B-32", "laion2b", {})
+        with pytest.raises(ValueError, match="names no weights: write open_clip:ViT-B-32/TAG"):
+            load("open_clip:ViT-B-32")
+    assert text_model("ViT-B-32", "openai") == ("ViT-B-32", "openai", {})
+
+
 def test_no_photo_and_no_foreign_file_is_replaced(folder, tmp_path):
     Patch.make("grey", 4, 32).save(tmp_path / "p")
     image = torch.rand(3, 32, 32, generator=seeded(0))
@@ -156,6 +186,11 @@ def test_no_photo_and_no_foreign_file_is_replaced(folder, tmp_path):
 
 def test_mistakes_are_one_sentence(folder, tmp_path):
     Patch.make("grey", 4, 32).save(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"gone\.png is missing: a patch is a \.png and its"):
+        pair("attack", "apply", tmp_path / "gone.png", folder / "ads", "--out", tmp_path / "o")
+    with pytest.raises(ValueError, match=r"shares of the image's side.*: got 39.0"):
+        pair("attack", "tth", folder / "ads", "--keyword", "laptop", "--size", 39, "--model",
+             folder / "clip", "--shape", "circle", "--out", tmp_path / "q")  # fmt: skip
     with pytest.raises(ValueError, match="there is no photo or folder"):
         pair("attack", "apply", tmp_path / "p", tmp_path / "none.png", "--out", tmp_path / "o")
     with pytest.raises(ValueError, match="two photos would become"):

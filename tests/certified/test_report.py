@@ -105,6 +105,10 @@ def test_picture_outlines_the_window():
     sheet = picture(scene(), c, model)
     assert (200, 30, 30) in {sheet.getpixel((x, 9)) for x in range(8, 232)}
     assert stack([sheet, sheet]).height == 2 * sheet.height
+    named = [picture(scene(), c, model, title=text) for text in ("1. cat.png", "2. cat.png")]
+    assert named[0].height == sheet.height + 24 and named[0] != named[1]
+    assert named[0].crop((0, 32, 472, 292)).tobytes() == sheet.crop((0, 8, 472, 268)).tobytes()
+    assert stack(named, "a cat").height == 2 * named[0].height + 24
 
 
 def save_models(folder):
@@ -140,10 +144,15 @@ def test_command_line(models, tmp_path):
     assert {"patch", "plain", "lowest", "clear", "certificate", "window"} <= records[0].keys()
     assert len(records[0]["sizes"]) == 4
     assert Image.open(out).size[1] == 2 * 268
+    assert "does not know" not in result.output
     jpeg = tmp_path / "sheet.jpg"
     once = ["certify", str(paths[0]), "--query", "cats", *options, "--patch", "0.2"]
     assert CliRunner().invoke(app, [*once, "--picture", str(jpeg)]).exit_code == 0
     assert Image.open(jpeg).format == "JPEG"
+    asked = ["certify", str(paths[0]), "--query", "cats qwertz", *options, "--patch", "0.2"]
+    assert f"{folder / 'c'} does not know: qwertz\n" in CliRunner().invoke(app, asked).stderr
+    with pytest.raises(ValueError, match="the query is empty"):
+        CliRunner().invoke(app, [*once, "--query", " "], catch_exceptions=False)
     for name, said in ((tmp_path / "sheet.txt", "must end in .png"), (paths[0], "among the input")):
         with pytest.raises(ValueError, match=said):
             CliRunner().invoke(app, [*once, "--picture", str(name)], catch_exceptions=False)
@@ -159,7 +168,8 @@ def test_command_line(models, tmp_path):
 def test_bad_input_is_one_sentence(models, monkeypatch, capsys):
     folder, paths = models
     options = ["--generator", str(folder / "g"), "--encoder", str(folder / "c"), "--query", "cat"]
-    for extra in (["--patch", "0.97"], ["--fill", "grey"]):
+    numbers = (["--threshold", "nan"], ["--delta", "inf"])
+    for extra in (["--patch", "0.97"], ["--fill", "grey"], *numbers):
         monkeypatch.setattr("sys.argv", ["pair", "certify", str(paths[0]), *options, *extra])
         with pytest.raises(SystemExit) as stop:
             main()

@@ -64,6 +64,13 @@ def test_any_text_has_a_finite_embedding(clip, text):
     assert z.shape == (1, 16) and bool(z.isfinite().all())
 
 
+def test_unknown_words_are_named_once_in_order(clip):
+    known = clip.config.vocabulary[-1]
+    assert clip.unknown([known, f"{known.upper()}!"]) == []
+    assert clip.unknown([f"Zebra, {known} qwertz", "zebra <pad>"]) == ["zebra", "qwertz", "pad"]
+    assert clip.unknown(["猫 "]) == ["猫"]
+
+
 def test_case_and_punctuation_do_not_matter(clip):
     first, second = clip.encode_text(["A photo, of a CAT.", "a photo of a cat"])
     assert torch.equal(first, second)

@@ -28,10 +28,16 @@ Captions = Annotated[
     typer.Option(help="Text file, a caption per line: those with the word set the target."),
 ]
 TextModel = Annotated[
-    str, typer.Option("--model", help="Text-image model: shipped name, folder or hub repository.")
+    str,
+    typer.Option(
+        "--model",
+        help="Text-image model: shipped name, folder, hub repository or "
+        "open_clip:ARCHITECTURE/WEIGHTS.",
+    ),
 ]
 Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip tag or file; --model is then its architecture.")
+    str | None,
+    typer.Option(help="Tag or file of open_clip, if --model is no more than an architecture."),
 ]
 Place = Annotated[
     str,
@@ -53,7 +59,7 @@ Defended = Annotated[
 Eot = Annotated[int | None, typer.Option(min=1, help="Draws of a random defense per step.")]
 Size = Annotated[float | None, typer.Option(help="Side of the patch as a share of the image's.")]
 Limit = Annotated[int, typer.Option(min=1, help="Use at most so many photos.")]
-Seed = Annotated[int, typer.Option(help="Seed of the optimisation.")]
+Seed = Annotated[int, typer.Option(help="Seed of whatever is drawn at random.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the expected cost and stop.")]
 Precision = Annotated[
@@ -132,10 +138,12 @@ def load(paths: list[Path], size: int, limit: int) -> Tensor:
 
 
 def text_model(name: str, pretrained: str | None) -> Any:
-    if pretrained is not None:
+    if pretrained is not None or name.startswith("open_clip:"):
         from pair.retrieval.openclip import OpenClip
 
-        return OpenClip.from_pretrained(name, pretrained)
+        if pretrained is not None:
+            return OpenClip.from_pretrained(name.removeprefix("open_clip:"), pretrained)
+        return OpenClip.from_spec(name.removeprefix("open_clip:"))
     from pair.retrieval.clip import SmallClip
 
     return SmallClip.from_pretrained(name)
@@ -217,11 +225,12 @@ def shaped(shape: str, start: str, size: float, place: str, image_size: int, see
             if not mask.any():
                 raise ValueError(f"{rest} has no bright pixel")
         else:
-            raise ValueError("not known")
+            raise ValueError
     except ValueError as error:
+        why = f" ({error})" if str(error) else ""
         raise ValueError(
             f"no shape {shape!r}: use square, circle, rectangle:0.2x0.7, frame:0.2, several:4 or "
-            f"mask:<picture> ({error})"
+            f"mask:<picture>{why}"
         ) from None
     return Patch.make(start, side, image_size, place, mask=mask, generator=generator)
 
@@ -248,13 +257,14 @@ def _several(n: int, start: str, size: float, image_size: int, generator: Any) -
 
 
 def goal(
-    encoder: Any, keyword: str | None, captions: Path | None, searches: Path | None
+    encoder: Any, name: str, keyword: str | None, captions: Path | None, searches: Path | None
 ) -> tuple[Goal, list[str], dict[str, Any]]:
     """The target as a goal, the texts it came from, and facts for the record."""
     import torch
 
     from pair.attacks.keywords import select_captions, target_embedding
     from pair.attacks.objectives import HubGoal, TextGoal
+    from pair.commands import _words
     from pair.data.prompts import TRAIN_TEMPLATES, sentences
 
     if (keyword is None) == (searches is None):
@@ -263,8 +273,10 @@ def goal(
         lines = [line.strip() for line in searches.read_text().splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{searches} has no search in it")
+        _words.check(lines, encoder, name)
         with torch.no_grad():
             return HubGoal(encoder.encode_text(lines)), lines, {"searches": len(lines)}
+    _words.check([str(keyword)], encoder, name, "--keyword")
     if captions is None:
         lines = sentences([str(keyword)], TRAIN_TEMPLATES)
     else:
@@ -279,7 +291,7 @@ def announce(
     config: Any, victim: Adaptive, images: Tensor, dry_run: bool, grid: int | None = None
 ) -> bool:
     """Print what it will cost; False if that was all that was asked for."""
-    from pair.attacks.cost import estimate, measure, with_places
+    from pair.attacks.cost import counted, estimate, measure, with_places
 
     pace = measure(
         victim.features,
@@ -291,14 +303,8 @@ def announce(
     cost = estimate(config, len(images), pace)
     if grid is not None:
         cost = with_places(cost, grid)
-    typer.echo(f"{len(images)} photos; {cost}", err=True)
+    typer.echo(f"{counted(len(images), 'photo')}; {cost}", err=True)
     return not dry_run
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    m, s = divmod(round(seconds), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}"
 
 
 def checkpoint(out: Path) -> Path:
@@ -307,6 +313,8 @@ def checkpoint(out: Path) -> Path:
 
 def store(result: AttackResult, out: Path, facts: dict[str, Any], names: list[str] | None) -> None:
     """Write the patch, or with ``names`` one for each photo, and say how it went."""
+    from pair.attacks.cost import counted
+
     record = {**result.record(), "losses": [round(v, 6) for v in result.losses]}
     places = outs(out, names)
     patches = [result.patch] if names is None else result.patches
@@ -314,10 +322,14 @@ def store(result: AttackResult, out: Path, facts: dict[str, Any], names: list[st
         png = patch.with_content(patch.content, **facts, **record).save(path)
     for file in out.parent.glob(f"{checkpoint(out).name}*"):
         file.unlink()
+    if result.gradients_used or not result.forwards:
+        spent = counted(result.gradients_used, "sample gradient")
+    else:  # an attack without gradients
+        spent = f"{result.forwards:,} forward passes"
     typer.echo(
         f"{png if names is None else f'{len(places)} patches {out}-*.png'}: "
         f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} "
-        f"in {result.gradients_used:,} sample gradients ({result.stopped})"
+        f"in {spent} ({result.stopped})"
     )
     if result.late_gain() >= 0.01:
         typer.echo("the loss was still falling at the end: more steps give a stronger patch")

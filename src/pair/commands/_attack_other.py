@@ -69,7 +69,7 @@ def perturb(
 
     import torch
 
-    from pair.attacks.cost import Cost, measure
+    from pair.attacks.cost import Cost, counted, measure
     from pair.attacks.perturbation import perturb as optimise
     from pair.files import write_atomic
     from pair.images import load_image, quantise, save_image
@@ -78,14 +78,14 @@ def perturb(
     encoder = common.text_model(model, pretrained)
     victim = common.adaptive_victim(encoder, defense)
     draws = victim.samples if eot is None else eot
-    goal, _, facts = common.goal(encoder, keyword, captions, searches)
+    goal, _, facts = common.goal(encoder, model, keyword, captions, searches)
     files = common.files(photos)[:limit]
     targets = common.targets(photos, files, out)
     images = quantise(common.load(files, encoder.image_size, limit))
     pace = measure(victim.features, images, draws, micro_batch=micro_batch)
     gradients = steps * len(images) * draws
     cost = Cost(steps * len(images), gradients, gradients * pace)
-    typer.echo(f"{len(images)} photos; {cost}", err=True)
+    typer.echo(f"{counted(len(images), 'photo')}; {cost}", err=True)
     if dry_run:
         return
     settings = {
@@ -157,7 +157,7 @@ def blackbox(
     import torch
 
     from pair.attacks.blackbox import TopKOracle, nes, random_search
-    from pair.attacks.cost import measure
+    from pair.attacks.cost import counted, duration, measure
     from pair.attacks.objectives import Goal
 
     torch.set_num_threads(threads)
@@ -169,15 +169,15 @@ def blackbox(
         raise ValueError(f"nes needs at least {2 * directions + 2} queries for its first step")
     encoder = common.text_model(model, pretrained)
     victim = common.adaptive_victim(encoder, defense)
-    target, lines, facts = common.goal(encoder, keyword, captions, searches)
+    target, lines, facts = common.goal(encoder, model, keyword, captions, searches)
     goal: Goal = target
     if gallery is not None:
         goal = TopKOracle(*common.bars(encoder, victim, lines, gallery, seed))
     images = common.load(photos, encoder.image_size, limit)
     pace = measure(victim.features, images, draws, backward=False)
     forwards = queries * draws * len(images)
-    time = common.clock(forwards * pace)
-    typer.echo(f"{len(images)} photos; {forwards:,} forward passes, about {time} here", err=True)
+    photos_told, time = counted(len(images), "photo"), duration(forwards * pace)
+    typer.echo(f"{photos_told}; {forwards:,} forward passes, {time} here", err=True)
     if dry_run:
         return
     patch = common.shaped(shape, start, size, placement, encoder.image_size, seed)
@@ -230,7 +230,7 @@ def floor(
         common.check_outs(out)
     encoder = common.text_model(model, pretrained)
     victim = common.adaptive_victim(encoder, defense)
-    goal, _, facts = common.goal(encoder, keyword, captions, None)
+    goal, _, facts = common.goal(encoder, model, keyword, captions, None)
     images = common.load(photos, encoder.image_size, limit)
     patch = common.shaped(shape, "grey", size, placement, encoder.image_size, seed)
     pool = [] if concept is None else list(common.load([concept], encoder.image_size, 10**6))
@@ -258,7 +258,7 @@ def score(
     searches: Searches = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Text-image model; give several to see how the patch transfers."),
+        typer.Option(help="Text-image model, as elsewhere; several show how the patch transfers."),
     ] = None,
     defense: Annotated[
         list[str] | None,
@@ -277,8 +277,9 @@ def score(
 ) -> None:
     """How good a finished patch is: on fresh draws, on other victims, after many uploads.
 
-    With --gallery: in how many lists a patched photo is, and how likely at least one of n uploads
-    of it gets in. A random defense draws anew for each upload.
+    With --gallery: in how many lists a patched photo is, and how likely at
+    least one of n uploads of it gets in. A random defense draws anew for each
+    upload.
     """
     import json
 
@@ -299,7 +300,7 @@ def score(
     rows = []
     for name in model or ["clip-small"]:
         encoder = common.text_model(name, None)
-        goal, lines, facts = common.goal(encoder, keyword, captions, searches)
+        goal, lines, facts = common.goal(encoder, name, keyword, captions, searches)
         images = common.load(photos, encoder.image_size, limit)
         fitted = loaded.fit(encoder.image_size)
         for which in defense or ["none"]:

@@ -47,12 +47,16 @@ def run(
 
     from pair.certified import CertifiedPurifier
     from pair.certified.covering import parse_family
+    from pair.commands import _words
     from pair.guard.certified import CertifiedPhotos, from_collection
     from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
 
     if (photos is None) == (collection is None):
         raise ValueError("say what to search: --photos, or a collection")
+    for path in photos or ():
+        if not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
     if threads:
         torch.set_num_threads(threads)
     console = Console(stderr=True)
@@ -65,10 +69,14 @@ def run(
             autoencoder = models.purifier.autoencoder
         else:
             autoencoder = Purifier.from_pretrained(generator or "pair-small").autoencoder
-        target = models.encoder
+        target, name = models.encoder, models.names.get("encoder", "the encoder")
     else:
         autoencoder = Purifier.from_pretrained(generator or "pair-small").autoencoder
-        target = SmallClip.from_pretrained(encoder or "clip-small")
+        name = encoder or "clip-small"
+        target = SmallClip.from_pretrained(name)
+    text = isinstance(query, str)
+    if text:
+        _words.check([str(query)], target, name)
     c = autoencoder.config
     family: PatchFamily = parse_family(patch, c.image_size)
     purifier = CertifiedPurifier.covering(autoencoder, family, views, fill=fill)
@@ -80,7 +88,6 @@ def run(
         folder = certificates or _home(photos) / FOLDER
         found = CertifiedPhotos(folder, purifier, target, delta=delta)
         _add(found, photos, console)
-    text = isinstance(query, str)
     with torch.no_grad():
         vector = target.encode_text([query]) if text else found.embed(Path(query).read_bytes())
     with console.status("searching, certifying what is about to be shown"):
@@ -91,7 +98,7 @@ def run(
     else:
         show(title, found, result)
     if picture is not None:
-        draw(found, result, picture)
+        draw(title, found, result, picture)
 
 
 def record(query: str, found: CertifiedPhotos, result: Result, alarm: float) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def show(query: str, found: CertifiedPhotos, result: Result) -> None:
         console.print(f"{len(result.lost)} changed or missing since they were added; not shown")
 
 
-def draw(found: CertifiedPhotos, result: Result, path: Path) -> None:
+def draw(query: str, found: CertifiedPhotos, result: Result, path: Path) -> None:
     """Certificates of all answers, and of those kept out, as one picture."""
     from pair.certified import report
     from pair.commands import _pictures
@@ -145,10 +152,16 @@ def draw(found: CertifiedPhotos, result: Result, path: Path) -> None:
     sheets = []
     for answer in (*result.answers, *result.kept_out):
         image = load_image(found.read(answer.photo.path))
-        sheets.append(report.picture(image, answer.certificate, found.purifier, whole=found.whole))
+        place = "kept out" if answer.rank is None else f"{answer.rank}."
+        title = f"{place} {Path(answer.photo.path).name}"
+        sheets.append(
+            report.picture(
+                image, answer.certificate, found.purifier, whole=found.whole, title=title
+            )
+        )
     if not sheets:
         raise ValueError("there is nothing to draw: the search found no photo")
-    _pictures.write(report.stack(sheets), path)
+    _pictures.write(report.stack(sheets, query), path)
 
 
 def _add(found: CertifiedPhotos, photos: list[Path], console: Any) -> None:
@@ -169,9 +182,6 @@ def _add(found: CertifiedPhotos, photos: list[Path], console: Any) -> None:
 
 
 def _home(photos: list[Path]) -> Path:
-    for path in photos:
-        if not path.exists():
-            raise ValueError(f"no such file or folder: {path}")
     for path in photos:
         if path.is_dir():
             return path

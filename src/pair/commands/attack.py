@@ -129,7 +129,7 @@ def tth(
         changes["scope"] = "per-image"
     config = TTHConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
     victim, config = common.victim(encoder, defense, config, eot)
-    goal, lines, facts = common.goal(encoder, keyword, captions, searches)
+    goal, lines, facts = common.goal(encoder, model, keyword, captions, searches)
     if gallery is not None:
         goal = RankHinge(*common.bars(encoder, victim, lines, gallery, seed))
     files = common.files(photos)[:limit]

@@ -48,6 +48,7 @@ def certify(
     they show and wherever they are.
     """
     import json as js
+    import math
 
     import torch
     import torch.nn.functional as F
@@ -56,11 +57,14 @@ def certify(
 
     from pair.certified import CertifiedPurifier, report
     from pair.certified.covering import parse_family
-    from pair.commands import _pictures
+    from pair.commands import _pictures, _words
     from pair.images import load_image
     from pair.purifier import Purifier
     from pair.retrieval.clip import SmallClip
 
+    for option, value in (("--delta", delta), ("--threshold", threshold)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option}: {value} is no number to compare a score with")
     if picture is not None:
         _pictures.check("--picture", picture, images)
     if threads:
@@ -74,6 +78,7 @@ def certify(
         CertifiedPurifier.covering(autoencoder, family, views, fill=fill) for family in families
     ]
     model = SmallClip.from_pretrained(encoder)
+    _words.check([query], model, encoder)
     words = F.normalize(model.encode_text([query]), dim=-1)[0]
     table = Table("image", "score", "lowest", "patch in file", "certificate", title=query)
     sheets = []

@@ -71,7 +71,7 @@ def search(
 
     import torch
 
-    from pair.commands import _pictures
+    from pair.commands import _pictures, _words
     from pair.guard.collection import Collection
 
     if photos and not certified:
@@ -107,6 +107,8 @@ def search(
     if text is not None:
         if using == "code":
             raise ValueError("codes can only be searched with --image")
+        models = collection.models
+        _words.check([text], models.encoder, models.names.get("encoder", "the encoder"))
         hits = collection.search_text(text, k, defend=defend, where=where, exact=exact)
     else:
         assert image is not None

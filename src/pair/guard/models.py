@@ -22,7 +22,7 @@ from pair.picture import Picture
 from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.hashing import HashNet
-from pair.retrieval.openclip import OpenClip, fit
+from pair.retrieval.openclip import OpenClip, fit, split_spec
 from pair.secret import mask_generator
 
 ROLES = ("encoder", "hasher", "purifier")
@@ -74,7 +74,8 @@ class Models:
         draws: int = 1,
         device: str = "cpu",
     ) -> Models:
-        """Load by shipped name, folder or hub repository; ``open_clip:NAME@PRETRAINED`` too."""
+        """Load by shipped name, folder or hub repository; ``open_clip:ARCHITECTURE/WEIGHTS`` too
+        (see :meth:`pair.retrieval.openclip.OpenClip.from_spec`)."""
         given = {"encoder": encoder, "hasher": hasher, "purifier": purifier}
         names = {role: name for role, name in given.items() if name}
         made: dict[str, Any] = {role: _load(role, name) for role, name in names.items()}
@@ -250,8 +251,13 @@ def _load(role: str, name: str) -> Any:
     if role == "hasher":
         return HashNet.from_pretrained(name)
     if name.startswith("open_clip:"):
-        architecture, _, weights = name.removeprefix("open_clip:").partition("@")
-        return OpenClip.from_pretrained(architecture, weights or None)
+        spec = name.removeprefix("open_clip:")
+        architecture, weights = split_spec(spec)
+        if weights and spec == f"{architecture}@{weights}":
+            # The earlier spelling takes the activation of the architecture as it is named:
+            # collections hold features that were computed so.
+            return OpenClip.from_pretrained(architecture, weights)
+        return OpenClip.from_spec(spec)
     return SmallClip.from_pretrained(name)
 
 

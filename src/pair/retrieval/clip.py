@@ -97,6 +97,11 @@ class SmallClip(nn.Module):
             out[row, : len(ids)] = torch.tensor(ids)
         return out
 
+    def unknown(self, texts: Sequence[str]) -> list[str]:
+        """Words outside the vocabulary, each once; of a text without any word, the text."""
+        found = (w for text in texts for w in words(text) or [text.strip()])
+        return list(dict.fromkeys(w for w in found if w not in self._index))
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):
             texts = [texts]
