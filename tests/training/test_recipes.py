@@ -78,6 +78,13 @@ def test_missing_recipes_and_packs(tmp_path, pack_folder, pair):
     assert code == 2 and "holds no finished pack: run 'pair data pack' first" in said
 
 
+def test_settings_without_a_recipe_are_named_by_their_option():
+    for change, place in (("loop.stepz=3", "[loop]"), ("task.widht=3", "[task]")):
+        with pytest.raises(ValueError, match=r"--set \[.*\]: unknown setting") as caught:
+            read_recipe(None, "generator", [change])
+        assert str(caught.value).startswith(f"--set {place}")
+
+
 def test_values_arrive_with_their_types(tmp_path):
     path = write(
         tmp_path,

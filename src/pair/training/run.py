@@ -95,17 +95,18 @@ def read_recipe(
             raise ValueError(f"{path} is not valid TOML: {error}") from error
     for change in changes:
         _change(data, change)
+    place = "--set" if path is None else str(path)
     if extra := data.keys() - {"loop", "task"}:
-        raise ValueError(f"{path}: unknown table [{sorted(extra)[0]}]; known: [loop], [task]")
+        raise ValueError(f"{place}: unknown table [{sorted(extra)[0]}]; known: [loop], [task]")
     if isinstance(data.get("loop"), dict) and "lr" in data["loop"]:
-        raise ValueError(f"{path} [loop]: the learning rate belongs in [task]")
-    loop = typed(LoopConfig, data.get("loop", {}), f"{path} [loop]")
+        raise ValueError(f"{place} [loop]: the learning rate belongs in [task]")
+    loop = typed(LoopConfig, data.get("loop", {}), f"{place} [loop]")
     settings = data.get("task", {})
     if isinstance(settings, dict) and "steps" in {
         f.name for f in dataclasses.fields(KINDS[kind][0])
     }:
         settings = {"steps": loop.steps, **settings}
-    return loop, typed(KINDS[kind][0], settings, f"{path} [task]")
+    return loop, typed(KINDS[kind][0], settings, f"{place} [task]")
 
 
 def _change(data: dict[str, Any], change: str) -> None:
