@@ -98,6 +98,7 @@ def test_wrong_usage_is_exit_code_2(arguments, pair):
             "--imagenette: no is not a folder",
         ),
         (("data", "pack", "--out", "OUT", "--imagenette", "EMPTY"), "No such file"),
+        (("data", "pack", "--out", "OUT", "--caltech101", "EMPTY"), "no photos in "),
         (("models", "show", "no-such-model"), "no model 'no-such-model'"),
         (("models", "show", "EMPTY"), "has no config.json"),
         (
@@ -125,6 +126,13 @@ def test_errors_of_many_lines_are_folded_into_one(monkeypatch, capsys):
         cli.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "pair: first line second line\n"
+
+
+def test_the_lab_without_its_library_says_only_that(monkeypatch, pair):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, _, err = pair("lab")
+    assert code == 2
+    assert err == "pair: the lab needs Gradio: pip install 'pair-retrieval[lab]'\n"
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,8 @@ def pack(
         if not root.is_dir():
             raise ValueError(f"--{name}: {root} is not a folder")
         photos += list(splits.DATASETS[name](root))
+    if not photos and any(roots.values()):
+        raise ValueError(f"no photos in {', '.join(str(r) for r in roots.values() if r)}")
     if not photos:
         raise ValueError("no photos: give at least one of --caltech101, --imagenette, --flickr8k")
     anchor = next(r for r in roots.values() if r is not None).parent

@@ -22,11 +22,12 @@ def lab(
     """
     import torch
 
-    from pair.serve.lab import launch
+    from pair.serve.lab import _library, launch
     from pair.serve.scene import Scene
 
     if threads is not None:
         torch.set_num_threads(threads)
+    _library()  # says at once if it is missing
     scene = Scene.load(purifier, encoder, per_class)
     where = f"[{host}]" if ":" in host else host
     typer.echo(f"pair: the lab is at http://{where}:{port}", err=True)
