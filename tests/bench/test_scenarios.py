@@ -82,6 +82,8 @@ def test_bad_scenarios_are_refused_in_one_sentence(tmp_path, text, message):
 def test_unknown_names():
     with pytest.raises(ValueError, match="no scenario 'table9'"):
         load("table9")
+    with pytest.raises(ValueError, match=r"^no file my\.toml$"):
+        load("my.toml")
     with pytest.raises(ValueError, match="unknown scale"):
         settings(load("table1"), "huge")
 
@@ -103,3 +105,11 @@ def test_a_row_may_be_attacked_otherwise_at_a_scale(tmp_path):
     assert at_scale(found, "small").rows[0].attack == {"size": 0.2, "steps": 7}
     assert at_scale(found, "paper").rows[0].attack == {"size": 0.2}
     assert at_scale(at_scale(found, "small"), "small") == at_scale(found, "small")
+
+
+def test_photos_that_would_not_be_used_are_refused(tmp_path):
+    """The command's --data at a scale that has photos of its own."""
+    from pair.commands.bench import _benches
+
+    with pytest.raises(ValueError, match="--data: table1 at the scale 'small' measures on the"):
+        _benches(["table1"], "small", tmp_path, {"data": ["caltech101:photos"]})
