@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -29,7 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pair import cli
-from pair.commands.purify import _shares
+from pair.commands.purify import _bar, _shares
 from pair.generator import GeneratorConfig, MaskedAutoencoder
 from pair.guard import pipeline
 from pair.guard.folder import Summary, fingerprint, purify_folder
@@ -272,6 +273,18 @@ def test_fingerprint_sees_every_weight(purifier):
 
 
 # --- again and again ---------------------------------------------------------------------------
+
+
+def test_the_progress_line_fits_80_columns(monkeypatch):
+    import rich.console
+
+    out, console = io.StringIO(), rich.console.Console
+    options = {"file": out, "force_terminal": True, "width": 80, "color_system": None}
+    monkeypatch.setattr(rich.console, "Console", lambda **_: console(**options))
+    with _bar() as show:
+        show(Summary(1200, purified=1200))
+    last = [line for line in re.split(r"[\r\n]+", out.getvalue()) if "1200" in line][-1]
+    assert "1200/1200 0:00:00 left, " in last and "images/s" in last
 
 
 def test_a_second_run_does_only_what_is_missing(tmp_path, purifier):

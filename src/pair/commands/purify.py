@@ -110,13 +110,23 @@ def _sentence(summary: Summary) -> str:
 def _bar() -> Iterator:
     """A progress bar with images/s and time left, on stderr so that stdout stays a summary."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Pace(TextColumn):
+        """What gives way on a narrow terminal: it is cut there, and never two lines."""
+
+        def render(self, task: Task) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
 
     columns = (
         TextColumn("purifying"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        Pace("{task.fields[pace]}", table_column=Column(no_wrap=False)),
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -131,7 +141,7 @@ def _bar() -> Iterator:
                 left = round((summary.found - summary.finished) / rate)
                 failed = f", {summary.failed} failed" if summary.failed else ""
                 clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-                pace = f"{rate:.1f} images/s ({_shares(summary)}), {clock} left{failed}"
+                pace = f"{clock} left, {rate:.1f} images/s{failed} ({_shares(summary)})"
             bar.update(task, total=summary.found, completed=summary.finished, pace=pace)
 
         yield show
