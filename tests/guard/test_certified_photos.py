@@ -222,7 +222,7 @@ def test_the_command(photos, tmp_path, monkeypatch, capsys):
         assert a["score"] == pytest.approx(min(a["plain"], a["lowest"]))  # delta 0
         assert a["alarm"] is (not a["clear"])
     shown = len(result["answers"]) + len(result["kept_out"])
-    assert Image.open(sheet).height == 268 * shown
+    assert Image.open(sheet).height == 24 + 292 * shown  # the query, and names
     run("a cat", photos=[photos], k=1, picture=sheet.with_suffix(".jpg"), **own)
     assert Image.open(sheet.with_suffix(".jpg")).format == "JPEG"
     capsys.readouterr()

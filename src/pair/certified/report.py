@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pair.certified.covering import Cover, patch_before_resize
@@ -20,6 +20,7 @@ from pair.certified.purifier import CertifiedPurifier
 from pair.images import resize, resize_crop, to_pil
 from pair.retrieval.encoders import ImageEncoder
 
+HEAD = 24  # pixels of a title's line
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -159,19 +160,26 @@ def picture(
     purifier: CertifiedPurifier,
     side: int = 224,
     whole: bool = False,
+    title: str = "",
 ) -> Image.Image:
-    """The image with the decisive window outlined, beside the view without that window."""
+    """The image with the decisive window outlined, beside the view without that window.
+
+    ``title`` stands above: which picture this is.
+    """
     size = purifier.image_size
     seen = (resize if whole else resize_crop)(image[None], size).clamp(0, 1)
     view = purifier.render(seen, purifier.cover.visible[certificate.view][None])
     tiles = [to_pil(resize(t, side).clamp(0, 1)[0]) for t in (seen, view)]
     colour = (24, 140, 64) if certificate.clear else (200, 30, 30)
-    sheet = Image.new("RGB", (2 * side + 24, side + 44), "white")
+    y = 8 + HEAD * bool(title)
+    sheet = Image.new("RGB", (2 * side + 24, y + side + 36), "white")
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (8 + i * (side + 8), 8))
+        sheet.paste(tile, (8 + i * (side + 8), y))
     draw = ImageDraw.Draw(sheet)
+    _write(draw, title, 15, sheet.width)
     left, top, right, bottom = (v * side / size for v in purifier.cover.boxes()[certificate.view])
-    draw.rectangle((8 + left, 8 + top, 7 + right, 7 + bottom), outline=colour, width=3)
+    ends = (8 + left, y + top, 7 + right, y - 1 + bottom)
+    draw.rectangle(ends, outline=colour, width=3)
     what = "single patch" if certificate.patches == 1 else f"{certificate.patches} patches"
     verdict = (
         f"no {what} up to {certificate.patch}/{certificate.size} px responsible"
@@ -180,21 +188,33 @@ def picture(
         if certificate.hit
         else "no hit"
     )
-    draw.text((8, side + 12), verdict, fill=colour)
+    small = ImageFont.load_default(12)
+    draw.text((8, y + side + 2), verdict, colour, small)
     line = f"score {certificate.plain:.3f}, without the window {certificate.lowest:.3f}"
-    draw.text((8, side + 26), line, fill="black")
+    draw.text((8, y + side + 17), line, "black", small)
     return sheet
 
 
-def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets below each other."""
+def stack(sheets: Sequence[Image.Image], title: str = "") -> Image.Image:
+    """Sheets below each other, and below a ``title``."""
     width = max(s.width for s in sheets)
-    out = Image.new("RGB", (width, sum(s.height for s in sheets)), "white")
-    y = 0
+    y = HEAD * bool(title)
+    out = Image.new("RGB", (width, y + sum(s.height for s in sheets)), "white")
+    _write(ImageDraw.Draw(out), title, 17, width)
     for sheet in sheets:
         out.paste(sheet, (0, y))
         y += sheet.height
     return out
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> None:
+    """A line at the top left, cut at its end where it is too long."""
+    font = ImageFont.load_default(size)
+    whole = text = "".join(c if c.isprintable() else "?" for c in text)
+    while text and draw.textlength(whole, font) > width - 16:
+        text = text[:-1]
+        whole = text + "…"
+    draw.text((8, 6), whole, "black", font)
 
 
 def _in_file(box: Box, shape: tuple[int, int], size: int, whole: bool = False) -> Box:
