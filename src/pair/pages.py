@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from pair import __version__
@@ -29,11 +28,13 @@ def figure(value: float | None) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill ``assets/pages/<template>.html``; undefined names are errors."""
-    source = (resources.files("pair") / "assets" / "pages" / f"{template}.html").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    loader = PackageLoader("pair", "assets/pages")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=loader
+    )
     environment.filters.update(
         png=lambda image: data_uri(image, "PNG"),
         jpeg=lambda image: data_uri(image, "JPEG"),
         figure=figure,
     )
-    return environment.from_string(source).render(version=__version__, **values)
+    return environment.get_template(f"{template}.html").render(version=__version__, **values)

@@ -266,6 +266,7 @@ def test_run_resume_and_report(auditor, folder, tmp_path):
     said = done.said
     assert said.startswith(f"{record['alarms']} alarm") and f", {hanging} hit" in said
     assert f"<h1>{said} in 9 pictures</h1>" in page and f"<title>pair audit: {said}<" in page
+    assert ". p/" in page and "</h2>" in page and f". {folder}" not in page
     assert page.count("<li") == 4 and page.count("data:image/jpeg") == 8 and "heuristics" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # nothing is loaded from elsewhere
 

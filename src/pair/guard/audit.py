@@ -39,7 +39,7 @@ HEURISTIC = (
 )
 PROVED = (
     "Only the mark 'hit that hangs on one window' rests on a proof: a patch that lifts a picture "
-    "into the hits by more than that cannot avoid it. Honest hits may get it too, so it is "
+    "into the hits by more than delta cannot avoid it. Honest hits may get it too, so it is "
     "counted apart from the alarms."
 )
 

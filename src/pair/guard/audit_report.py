@@ -88,6 +88,7 @@ def _card(audit: Audit, finding: Finding, rank: int) -> dict[str, Any]:
     return {
         "rank": rank,
         "finding": finding,
+        "name": "/".join(finding.uri.split("/")[-2:]),
         "image": image,
         "heat": draw_heat(image, finding),
         "strongest": strongest if finding.alarm else "",
