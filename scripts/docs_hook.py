@@ -25,9 +25,10 @@ def commands() -> str:
 
 
 def cards() -> str:
-    """The card of every shipped model, its headings one level down."""
+    """The card of every shipped model, its headings two levels down (the lower ones are too
+    many for the table of contents)."""
     texts = [path.read_text() for path in sorted(MODELS.glob("*/README.md"))]
-    return "\n".join(re.sub(r"^#", "##", text, flags=re.M) for text in texts)
+    return "\n".join(re.sub(r"^#", "###", text, flags=re.M) for text in texts)
 
 
 def presets() -> str:

@@ -33,6 +33,7 @@ from pair.training.loop import LoopConfig, train
 from pair.training.pgd import perturb
 from pair.training.run import KINDS, read_recipe
 
+ASSETS = Path(__file__).parents[2] / "src" / "pair" / "assets" / "models"
 RECIPES = [
     recipe
     for recipe in sorted((Path(__file__).parents[2] / "configs" / "small").glob("*.toml"))
@@ -374,3 +375,15 @@ def test_the_generator_side_never_trains_its_critic():
 def test_unknown_target_kinds_are_refused(kind, root, pack):
     with pytest.raises(ValueError, match="'clip' or 'csq'"):
         KINDS[kind][1](settings(kind, root, kind="dog"), pack)
+
+
+def test_cards_say_at_which_step_of_the_run_the_best_was():
+    for path in sorted(ASSETS.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        (told,) = [
+            x for x in card("some", config).splitlines() if " images in " in x and " steps" in x
+        ]
+        run = config["training"]
+        early = f"{run['step']:,} steps, the best state of a run of {run['loop']['steps']:,};"
+        assert (early in told) is (run["step"] < run["loop"]["steps"])
+        assert told.partition(";")[0] in path.with_name("README.md").read_text()

@@ -131,6 +131,13 @@ def publish(folder: Path, name: str, out: Path) -> tuple[Path, str]:
     return target, config["kind"]
 
 
+def _steps(run: dict[str, Any]) -> str:
+    """What is kept is the best state of a run, which may not be its last."""
+    step, planned = run.get("step", 0), run.get("loop", {}).get("steps", 0)
+    rest = f", the best state of a run of {planned:,}" if 0 < step < planned else ""
+    return f"{step:,} steps{rest}"
+
+
 def card(name: str, config: dict[str, Any]) -> str:
     """Markdown card of a trained model: data, recipe, compute, quality, licence, limits."""
     kind = config.get("hardened", config["kind"])  # AT and HM write ordinary targets
@@ -163,7 +170,7 @@ def card(name: str, config: dict[str, Any]) -> str:
         "",
         f"`pair train {trained} --recipe {recipe}`, {origin}",
         "",
-        f"{run.get('images_seen', 0):,} images in {run.get('step', 0):,} steps; "
+        f"{run.get('images_seen', 0):,} images in {_steps(run)}; "
         f"{run.get('seconds', 0) / 60:.0f} minutes"
         + (" on one core of a shared 2-core CPU machine." if ours else "."),
         "",
