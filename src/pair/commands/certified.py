@@ -76,7 +76,7 @@ def bench(
     every = embedded.labels()
     classes = min(classes, len(every))
     chosen = [every[i * len(every) // classes] for i in range(classes)]  # spread over the list
-    bench = evaluate.Bench(
+    world = evaluate.Bench(
         embedded.gallery(chosen),
         embedded.ads(),
         SmallClip.from_pretrained(encoder),
@@ -90,28 +90,28 @@ def bench(
     raw = out / "certified.jsonl"
     console = Console(stderr=True)
     purifier = Purifier.from_pretrained(generator).eval().requires_grad_(False)
-    records = evaluate.run(bench, purifier, raw, setting, facts, console.log)
+    records = evaluate.run(world, purifier, raw, setting, facts, console.log)
     sections = [
         "## Clean and certified retrieval\n",
         tables.main_table(records),
         "## Does the generator help? Window fill minus the other fills, points\n",
-        tables.fill_table(records, bench.keywords),
+        tables.fill_table(records, world.keywords),
         "## Cost, evidence and alarms\n",
         tables.cost_table(records),
     ]
     if queries:
         photos = embedded.queries(chosen)
         photos = photos[:: max(1, len(photos) // queries)][:queries]
-        targets = [(encoder, bench.encoder, False), (hasher, HashNet.from_pretrained(hasher), True)]
+        targets = [(encoder, world.encoder, False), (hasher, HashNet.from_pretrained(hasher), True)]
         asked = replace(setting, views=tuple(_numbers(query_views, "--query-views", int)))
         rows = evaluate.run_queries(
-            bench, purifier, photos, targets, raw, asked, facts, console.log
+            world, purifier, photos, targets, raw, asked, facts, console.log
         )
         sections += ["## Patched queries\n", tables.query_table(rows)]
         records = [*records, *rows]
     text = "\n".join(sections)
     write_atomic(out / "certified.md", text.encode())
-    summary.save(out / "certified.json", summary.summarise(records, bench.keywords))
+    summary.save(out / "certified.json", summary.summarise(records, world.keywords))
     if draw:
         summary.figures(records, figures or out)
     typer.echo(text)
