@@ -141,6 +141,7 @@ def test_reference_page_needs_nothing_from_outside(url):
     schema = httpx.get(f"{url}/openapi.json").json()
     for path in schema["paths"]:
         assert path in page.text
+    assert "``" not in page.text and "true if there is a purifier" in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert httpx.get(url).headers["location"] == "docs"
 

@@ -203,9 +203,14 @@ def build(service: Service) -> FastAPI:
         openapi_extra=schema.picture_body(),
     )
     async def embed(
-        request: Request, what: schema.What = "embedding", purified: bool | None = None
+        request: Request,
+        what: schema.What = "embedding",
+        purified: Annotated[
+            bool | None,
+            Query(description="Of the purified pictures; default: true if there is a purifier."),
+        ] = None,
     ) -> Response:
-        """Of the purified pictures, unless ``purified`` is false."""
+        """One vector, or one code in hexadecimal digits, per picture."""
         part = engine.part(what)
         if purified is None:
             purified = engine.models.purifier is not None
@@ -237,7 +242,7 @@ def build(service: Service) -> FastAPI:
             raise Problem(404, "absent", "this service has no text encoder: send a picture")
         asked = await read_json(request, schema.TextSearch)
         check_text(asked.query, "query", limits)
-        check_text(asked.where or "x", "where", limits)
+        check_filter(asked.where, limits)
         check_count(asked.k, limits)
         (row,) = await service.compute(Work("text"), [asked.query])
         return await service.found(row, "embedding", asked.defend, asked.k, asked.where)
@@ -260,7 +265,7 @@ def build(service: Service) -> FastAPI:
         collection = engine.need_collection()
         engine.part(what)
         check_count(k, limits)
-        check_text(where or "x", "where", limits)
+        check_filter(where, limits)
         try:
             purified = collection.purifies(defend, "query")
         except ValueError as error:
@@ -334,6 +339,12 @@ def check_text(text: str, name: str, limits: Limits) -> None:
         raise Problem(422, "parameter", f"{name}: at most {limits.text} characters")
     if not text.isprintable():
         raise Problem(422, "parameter", f"{name}: it has control or broken characters")
+
+
+def check_filter(where: str | None, limits: Limits) -> None:
+    """None, or an empty text, asks for no filter."""
+    if where:
+        check_text(where, "where", limits)
 
 
 def handlers(app: FastAPI) -> None:
