@@ -247,8 +247,8 @@ def _wrong(statuses: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int
     return {kind: counts for kind, counts in found.items() if counts}
 
 
-def _count(errors: Mapping[str, Mapping[str, int]]) -> int | str:
-    return sum(n for counts in errors.values() for n in counts.values()) or "no"
+def _count(errors: Mapping[str, Mapping[str, int]], none: str = "no") -> int | str:
+    return sum(n for counts in errors.values() for n in counts.values()) or none
 
 
 def main() -> None:
@@ -317,7 +317,7 @@ def main() -> None:
             f"third and last quarter ({memory['growth per 1,000 answers, second half']:+.1f} MiB "
             "for a thousand answers at the end). Stopped in the middle of it: "
             f"{stop['answered or refused']} requests answered or refused, "
-            f"{_count(stop['errors'])} broken off, exit code {stop['exit code']}."
+            f"{_count(stop['errors'], 'none')} broken off, exit code {stop['exit code']}."
         ),
         "facts": facts,
         "overhead": cost,
