@@ -19,6 +19,7 @@ from PIL import Image
 from pair import cli
 from pair.guard import ingest, sources
 from pair.guard.collection import Collection
+from pair.guard.lance import _plain_errors
 from pair.guard.models import Models
 from pair.guard.pipeline import image_seed
 from pair.guard.stores import Row, split
@@ -489,6 +490,12 @@ def run(*arguments: str, monkeypatch, capsys) -> tuple[int, str, str]:
     return int(done.value.code or 0), captured.out, captured.err
 
 
+def test_errors_of_the_library_name_no_place_in_its_source():
+    with pytest.raises(OSError, match="no credentials") as caught, _plain_errors("s3://b", "open"):
+        raise RuntimeError("no credentials, /build/registry/object_store.rs:12:3")
+    assert str(caught.value) == "cannot open the collection in s3://b: no credentials"
+
+
 def test_commands(tmp_path, names, photos, monkeypatch, capsys):
     uri, folder = str(tmp_path / "c"), str(tmp_path / "photos")
 
@@ -517,7 +524,9 @@ def test_commands(tmp_path, names, photos, monkeypatch, capsys):
     facts = json.loads(out)
     assert facts["rows"] == 12 and facts["fields"] == {"year": "int"}
     assert "exact (approximate from" in pair("index", "info", uri)[1]
-    assert pair("index", "optimise", uri)[0] == 0
+    code, out, _ = pair("index", "optimise", uri)
+    assert code == 0 and "; rows: 12, " in out
+    assert out.endswith("; search: exact (approximate from 50,000 rows on)\n")
     assert pair("index", "remove", uri, "--path", str(photos[0]))[1] == "1 removed\n"
     (tmp_path / "no pictures").mkdir()
     for wrong in (

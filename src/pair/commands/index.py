@@ -30,7 +30,10 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 def create(
     uri: URI,
     encoder: Annotated[
-        str, typer.Option(help="Text-image encoder: name, folder, open_clip:NAME@WEIGHTS, none.")
+        str,
+        typer.Option(
+            help="Text-image encoder: name, folder, open_clip:ARCHITECTURE/WEIGHTS, none."
+        ),
     ] = "clip-small",
     hasher: Annotated[str, typer.Option(help="Hash network: name, folder, or none.")] = "none",
     purifier: Annotated[str, typer.Option(help="Generator: name, folder, or none.")] = "pair-small",
@@ -164,7 +167,11 @@ def optimise(uri: URI) -> None:
     """Merge small pieces, build or extend the approximate index."""
     from pair.guard.collection import Collection
 
-    Collection.open(uri).optimise()
+    collection = Collection.open(uri)
+    collection.optimise()
+    facts = _facts(collection.info(recall=0))
+    told = [f"{k}: {text}" for k, text in facts if k.startswith(("rows", "search", "index of"))]
+    typer.echo(f"tidied up {collection.uri}; {'; '.join(told)}")
 
 
 @app.command()

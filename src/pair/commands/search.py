@@ -107,9 +107,9 @@ def search(
     if text is not None:
         if using == "code":
             raise ValueError("codes can only be searched with --image")
+        hits = collection.search_text(text, k, defend=defend, where=where, exact=exact)
         models = collection.models
         _words.check([text], models.encoder, models.names.get("encoder", "the encoder"))
-        hits = collection.search_text(text, k, defend=defend, where=where, exact=exact)
     else:
         assert image is not None
         hits = collection.search_image(

@@ -64,7 +64,8 @@ def _plain_errors(place: str, doing: str) -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
         number = next((n for sign, n in _DISK.items() if sign in text), None)
-        reason = os.strerror(number) if number else text[:200]
+        # A place in the library's own source (", /...rs:12:3") tells a user nothing.
+        reason = os.strerror(number) if number else text.partition(", /")[0][:200]
         if CONFLICT in text and CONFLICT not in reason:
             reason = f"c{CONFLICT} of writers: {reason}"
         told = OSError(f"cannot {doing} the collection in {place}: {reason}")
