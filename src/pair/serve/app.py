@@ -149,7 +149,7 @@ def compact(data: Any) -> Response:
 
 
 def build(service: Service) -> FastAPI:
-    engine, limits = service.engine, service.limits
+    """The application with all its addresses; one function below for each group of them."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -165,6 +165,19 @@ def build(service: Service) -> FastAPI:
         redirect_slashes=False,  # a redirect would repeat the Host that a client claims
         lifespan=lifespan,
     )
+
+    pictures(app, service)
+    searches(app, service)
+    audits(app, service)
+    operations(app, service)
+    reference(app)
+    handlers(app)
+    return app
+
+
+def pictures(app: FastAPI, service: Service) -> None:
+    """``/purify`` and ``/embed``."""
+    engine = service.engine
 
     @app.post(
         "/purify",
@@ -228,6 +241,11 @@ def build(service: Service) -> FastAPI:
             }
         )
 
+
+def searches(app: FastAPI, service: Service) -> None:
+    """``/search/text`` and ``/search/image``."""
+    engine, limits = service.engine, service.limits
+
     @app.post(
         "/search/text",
         summary="Search by words",
@@ -276,6 +294,10 @@ def build(service: Service) -> FastAPI:
         (row,) = await service.rows(upload, what, purified)
         return await service.found(row, what, defend, k, where)
 
+
+def audits(app: FastAPI, service: Service) -> None:
+    """``/audit``."""
+
     @app.post(
         "/audit",
         summary="Signs that pictures were tampered with",
@@ -286,11 +308,15 @@ def build(service: Service) -> FastAPI:
     async def audit(request: Request) -> Response:
         """How a picture reacts to purification and to hiding one window at a time. Heuristics: a
         patch made with the audit in mind evades them."""
-        engine.need_examiner()
+        service.engine.need_examiner()
         upload = await service.pictures(request)
         views = await service.prepared(upload.pictures, "audit")
         records = await service.compute(Work("audit"), views)
         return compact({"pictures": records, "note": HEURISTIC})
+
+
+def operations(app: FastAPI, service: Service) -> None:
+    """For those who run it: ``/healthz``, ``/readyz``, ``/metrics``."""
 
     @app.get("/healthz", summary="Is it alive?", responses={200: {"model": schema.Health}})
     async def healthz() -> JSONResponse:
@@ -314,6 +340,10 @@ def build(service: Service) -> FastAPI:
         text = await asyncio.to_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+def reference(app: FastAPI) -> None:
+    """``/docs``, also at the root."""
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -322,9 +352,6 @@ def build(service: Service) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("docs")
-
-    handlers(app)
-    return app
 
 
 def check_count(k: int, limits: Limits) -> None:
