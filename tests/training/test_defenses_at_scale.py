@@ -188,7 +188,7 @@ def test_several_labels_count_all(hashing, labelled):
     names = task.model.config.classes
     for at, row in enumerate(task.rows.tolist()):
         own = photos.labels[row].split(";")
-        assert {names[i] for i in task.hot[at].nonzero()[:, 0].tolist()} == set(own)
+        assert {names[i] for i in task.labels[at].nonzero()[:, 0].tolist()} == set(own)
         if len(own) == 1:
             assert torch.equal(task.targets[at], task.model.centres[names.index(own[0])])
     assert any(";" in photos.labels[i] for i in task.rows.tolist())
@@ -199,7 +199,7 @@ def test_several_labels_count_all(hashing, labelled):
     assert anchors is None and not bool((positives & negatives).any())
     for i, a in enumerate(rows.tolist()):
         for j, b in enumerate(rows.tolist()):
-            shared = bool((triplets.hot[a] & triplets.hot[b]).any())
+            shared = bool((triplets.labels[a] & triplets.labels[b]).any())
             assert bool(positives[i, j]) == (shared and i != j)
             assert bool(negatives[i, j]) == (not shared)
 
@@ -207,7 +207,7 @@ def test_several_labels_count_all(hashing, labelled):
 def test_captions_answer_their_own_photos(small, miniatures):
     photos = open_photos([f"flickr30k:{miniatures / 'flickr30k'}"], 36)
     task = AtTask(AdversarialTraining(init=small, validation=3), photos)
-    assert task.said and photos.side == 36 and task.wanted.shape == (3, 3)
+    assert task.captioned and photos.side == 36 and task.matches.shape == (3, 3)
     rows = torch.arange(5)
     texts, same = task.pick_caption(rows, torch.Generator().manual_seed(0))
     assert texts.shape == (5, 16) and bool(same.diagonal().all()) and torch.equal(same, same.T)

@@ -93,42 +93,47 @@ class _FineTuning:
                 f"{self.size_px}: make a larger pack"
             )
         known = list(self.model.config.classes) if self.tower.hashing else towers.classes(pack)
-        self.said = not known  # captions instead of classes
+        self.captioned = not known  # captions instead of classes
         if self.tower.hashing and not known:
             raise ValueError(
                 f"{config.init} names no classes: train it with 'pair train csq-paper'"
             )
-        if self.said and not pack.captions:
+        if self.captioned and not pack.captions:
             raise ValueError("the photos have neither class names nor captions to train on")
-        number = {name: i for i, name in enumerate(known)}
-
-        def usable(row: int) -> bool:
-            if self.said:
-                return bool(pack.captions[row])
-            return any(name in number for name in towers.names_of(pack.labels[row]))
-
-        rows = {
-            side: [i for i, split in enumerate(pack.splits) if split in splits and usable(i)]
-            for side, splits in (("train", TRAIN), ("held", HELD_OUT))
-        }
-        if not rows["train"] or not rows["held"]:
-            raise ValueError("the pack has no training or no held-out photos of classes it knows")
-        self.rows = torch.tensor(rows["train"])
-        seeded = torch.Generator().manual_seed(0)
-        held = torch.tensor(rows["held"])
-        held = held[torch.randperm(len(held), generator=seeded)][: config.validation]
+        self.number = {name: i for i, name in enumerate(known)}
+        self.rows, held = self._split()
         self.photos = pack.batch(held, self.size_px)
         self.anchors = self._anchors(known)
-        if self.said:
-            texts = [self.tower.text(list(pack.captions[i])) for i in held.tolist()]
-            self.sought = torch.stack([F.normalize(t, dim=-1).mean(0) for t in texts])
-            self.wanted = torch.eye(len(held), dtype=torch.bool)
-        else:
-            self.hot = self._hot(self.rows, number)
-            self.sought = self.anchors.mean(1)
-            self.wanted = self._hot(held, number)
+        self.references, self.matches = self._validation(held)
+        if not self.captioned:
+            self.labels = self._labels(self.rows)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name.startswith(self.tower.trained))
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Rows of the pack to train on, and some that are held out."""
+        usable = [(i, split) for i, split in enumerate(self.pack.splits) if self._usable(i)]
+        train = [i for i, split in usable if split in TRAIN]
+        held = torch.tensor([i for i, split in usable if split in HELD_OUT])
+        if not train or not len(held):
+            raise ValueError("the pack has no training or no held-out photos of classes it knows")
+        seeded = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(held), generator=seeded)[: self.config.validation]
+        return torch.tensor(train), held[chosen]
+
+    def _usable(self, row: int) -> bool:
+        if self.captioned:
+            return bool(self.pack.captions[row])
+        return any(name in self.number for name in towers.names_of(self.pack.labels[row]))
+
+    def _validation(self, held: Tensor) -> tuple[Tensor, Tensor]:
+        """What held-out photos are compared with (C, D): classes or, of each photo, the mean of
+        its captions; and which of them are right (N, C)."""
+        if not self.captioned:
+            return self.anchors.mean(1), self._labels(held)
+        texts = [self.tower.text(list(self.pack.captions[i])) for i in held.tolist()]
+        means = torch.stack([F.normalize(t, dim=-1).mean(0) for t in texts])
+        return means, torch.eye(len(held), dtype=torch.bool)
 
     def _anchors(self, names: list[str]) -> Tensor:
         """What each class is compared with: T sentence features (C, T, D) or centres (C, 1, K)."""
@@ -139,14 +144,14 @@ class _FineTuning:
         texts = self.tower.text(sentences(names, TRAIN_TEMPLATES))
         return F.normalize(texts, dim=-1).unflatten(0, (len(names), -1))
 
-    def _hot(self, rows: Tensor, number: dict[str, int]) -> Tensor:
+    def _labels(self, rows: Tensor) -> Tensor:
         """Labels (N, C); a name that the target does not know counts for nothing."""
-        hot = torch.zeros(len(rows), len(number), dtype=torch.bool)
+        labels = torch.zeros(len(rows), len(self.number), dtype=torch.bool)
         for at, row in enumerate(rows.tolist()):
             for name in towers.names_of(self.pack.labels[row]):
-                if name in number:
-                    hot[at, number[name]] = True
-        return hot
+                if name in self.number:
+                    labels[at, self.number[name]] = True
+        return labels
 
     def size(self) -> int:
         return len(self.rows)
@@ -155,7 +160,7 @@ class _FineTuning:
         """Move everything that takes part in a step."""
         self.device = device
         self.module.to(device)
-        for name in ("photos", "anchors", "sought", "wanted"):
+        for name in ("photos", "anchors", "references", "matches"):
             setattr(self, name, getattr(self, name).to(device))
 
     def inputs(self) -> dict[str, str]:
@@ -189,14 +194,14 @@ class _FineTuning:
         """Similarity to each class (B, C), for validation."""
         z = self.tower.encode(images)
         z = z.tanh() if self.tower.hashing else F.normalize(z, dim=-1)
-        return z @ self.sought.T
+        return z @ self.references.T
 
     def validate(self) -> dict[str, float]:
         """Share of held-out photos nearest to (one of) their classes, or to their own captions:
         clean, and under PGD on this model."""
         c, right = self.config, {"clean": 0, "attacked": 0}
         seeded = torch.Generator().manual_seed(1)
-        for x, y in zip(self.photos.split(32), self.wanted.split(32), strict=True):
+        for x, y in zip(self.photos.split(32), self.matches.split(32), strict=True):
 
             def wrong(v: Tensor, y: Tensor = y) -> Tensor:
                 return F.cross_entropy(20 * self.scores(v), shares(y), reduction="sum")
@@ -216,9 +221,9 @@ class _FineTuning:
         self.tower.save(folder, {"hardened": self.name, **facts})
 
 
-def shares(hot: Tensor) -> Tensor:
+def shares(marks: Tensor) -> Tensor:
     """Rows of probabilities from marks (B, C): equal shares for all that are marked."""
-    return hot / hot.sum(1, keepdim=True)
+    return marks / marks.sum(1, keepdim=True)
 
 
 class AtTask(_FineTuning):
@@ -230,7 +235,7 @@ class AtTask(_FineTuning):
         super().__init__(config, pack)
         if self.tower.hashing:
             ties = torch.Generator().manual_seed(0)  # as in ``pair train csq-paper``
-            self.targets = multilabel_centres(self.hot, self.model.centres.cpu(), ties)
+            self.targets = multilabel_centres(self.labels, self.model.centres.cpu(), ties)
 
     def prefetch(self, rows: Tensor) -> None:
         self.pack.prefetch(self.rows[rows])
@@ -246,12 +251,12 @@ class AtTask(_FineTuning):
     def loss(self, rows: Tensor, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         c = self.config
         images = self.photos_of(rows, generator)
-        if self.said:  # among the captions of the batch
+        if self.captioned:  # among the captions of the batch
             texts, same = self.pick_caption(rows, generator)
             wanted = shares(same).to(self.device)
         else:
             texts = self.pick_anchor(torch.arange(len(self.anchors)), generator)
-            wanted = self.targets[rows] if self.tower.hashing else shares(self.hot[rows])
+            wanted = self.targets[rows] if self.tower.hashing else shares(self.labels[rows])
             wanted = wanted.to(self.device)
         self.model.eval()  # the inner attack must not move the batch statistics
 
@@ -328,10 +333,10 @@ class HmTask(_FineTuning):
     def __init__(self, config: HardnessTraining, pack: Collection):
         super().__init__(config, pack)
         self.module = _Remembering(self.model, config.margin)
-        if self.said:
+        if self.captioned:
             self.by_class = [(i, torch.tensor([i])) for i in range(len(self.rows))]
         else:
-            photos = [(k, self.hot[:, k].nonzero()[:, 0]) for k in range(self.hot.shape[1])]
+            photos = [(k, self.labels[:, k].nonzero()[:, 0]) for k in range(self.labels.shape[1])]
             self.by_class = [(k, rows) for k, rows in photos if len(rows)]
         if len(self.by_class) < 2:
             raise ValueError("triplets need photos of at least two classes")
@@ -354,16 +359,16 @@ class HmTask(_FineTuning):
             rows, names = self.draw(generator)
             anchors: Tensor | None = None
             if self.tower.hashing:
-                same = (self.hot[rows].float() @ self.hot[rows].float().T) > 0
+                same = (self.labels[rows].float() @ self.labels[rows].float().T) > 0
                 allowed = ~torch.eye(len(rows), dtype=torch.bool)
             else:
-                if self.said:
+                if self.captioned:
                     own = rows.unique()
                     anchors, alike = self.pick_caption(own, generator)
                     same = alike[:, torch.searchsorted(own, rows)]
                 else:
                     anchors = F.normalize(self.pick_anchor(names, generator), dim=-1)
-                    same = self.hot[rows][:, names].T
+                    same = self.labels[rows][:, names].T
                 # Each class speaks as often as it has photos.
                 repeat = self.config.per_class
                 anchors, same = (v.repeat_interleave(repeat, 0) for v in (anchors, same))
