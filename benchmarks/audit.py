@@ -281,7 +281,7 @@ def report(records: list[dict], bench: Bench, facts: dict) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--keywords", default="laptop,sunflower,umbrella,revolver")
+    parser.add_argument("--keywords", default="laptop,sunflower,umbrella")
     parser.add_argument("--ads", type=int, default=10)
     parser.add_argument("--gallery", type=int, default=368, help="clean photos in the gallery")
     parser.add_argument("--clean", type=int, default=440, help="clean photos for the thresholds")
