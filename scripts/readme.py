@@ -34,7 +34,11 @@ def demo_table(results: dict) -> str:
             cells = (figure(value) for key, value in row.items() if key != "name")
             lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     facts = results["facts"]
-    lines += ["", f"`pair demo --seed {facts['seed']}`, one purification per picture."]
+    lines += [
+        "",
+        f"`pair demo --seed {facts['seed']}`, {facts['seconds']} s on {facts['threads']} CPU cores. "
+        f"PAIR: the features of {facts.get('draws', '1')} purifications of a picture, averaged.",
+    ]
     return "\n".join(lines) + "\n"
 
 

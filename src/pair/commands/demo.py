@@ -14,6 +14,9 @@ def demo(
     ),
     seed: Annotated[int | None, typer.Option(help="Fix patches and masks; default: fresh.")] = None,
     model: Annotated[str, typer.Option(help="Generator: shipped name or folder.")] = "pair-small",
+    draws: Annotated[
+        int, typer.Option(min=1, help="Purifications per picture, averaged; the paper has 1.")
+    ] = 4,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
 ) -> None:
     """Attack a text search and an image search on real photos, without and with PAIR."""
@@ -22,6 +25,7 @@ def demo(
     from dataclasses import asdict, astuple
 
     import torch
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -32,17 +36,23 @@ def demo(
     if threads:
         torch.set_num_threads(threads)
     console = Console()
-    outcome = demonstration.run(seed, model, say=lambda text: console.print(f"[dim]{text}[/dim]"))
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{text}[/dim]")
+
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
+    outcome = demonstration.run(seed, model, say=say, draws=draws)
     columns = ("undefended", "attacked", "PAIR", "attacked", "certified", "attacked")
     for part in outcome.parts:
-        table = Table(title=part.title, title_justify="left")
-        table.add_column("percent")
+        table = Table(
+            title=part.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        table.add_column("percent", min_width=22)
         for name in columns:
             table.add_column(name, justify="right")
         for row in part.rows:
             table.add_row(row.name, *(figure(v) for v in astuple(row)[1:]))
         console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
     report = out / "report.html"
     write_atomic(report, render("demo", parts=outcome.parts, facts=outcome.facts).encode())
     picture = out / "figure.png"
