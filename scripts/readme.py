@@ -37,7 +37,7 @@ def demo_table(results: dict) -> str:
     lines += [
         "",
         f"`pair demo --seed {facts['seed']}`, {facts['seconds']} s on {facts['threads']} CPU cores. "
-        f"PAIR: the features of {facts.get('draws', '1')} purifications of a picture, averaged.",
+        f"PAIR: the features of {facts['draws']} purifications of a picture, averaged.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -47,7 +47,7 @@ def demo(
         table = Table(
             title=part.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        table.add_column("percent", min_width=22)
+        table.add_column("percent", min_width=19)
         for name in columns:
             table.add_column(name, justify="right")
         for row in part.rows:
