@@ -43,7 +43,8 @@ from pair.retrieval.metrics import mean_average_precision, recall_at_k
 SIZE = 112
 TEXT_PATCH, VIEWS, DELTA = 0.35, 9, 0.1  # of the side; the certified mode: windows, trust
 KEYWORDS = ("laptop", "sunflower", "umbrella", "revolver")
-SOURCES, TARGET = ("leopard", "brain", "buddha"), "stop sign"  # what the patch turns into what
+# What the patch turns into what: of the classes that it reaches, those that the network knows best.
+SOURCES, TARGET = ("trilobite", "minaret", "leopard"), "stop sign"
 HASH_PATCH = 0.22
 ADS = 10
 DRAWS = 4  # purifications of a picture whose features are averaged; the paper has one
@@ -431,7 +432,7 @@ def hash_part(pair: _Defended, config: AdvHashConfig, say: Progress) -> Part:
         }
         rows.append(Row(f"{name}, attacked classes", **means))
     return Part(
-        "Image-to-image search (CSQ hash codes), AdvHash patch (by Adam) 0.22 of the side, centre",
+        "Image-to-image search (CSQ hash codes), AdvHash patch 0.22 of the side, in the centre",
         rows,
         cases,
     )
