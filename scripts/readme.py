@@ -36,8 +36,8 @@ def demo_table(results: dict) -> str:
     facts = results["facts"]
     lines += [
         "",
-        f"`pair demo --seed {facts['seed']}`, {facts['seconds']} s on {facts['threads']} CPU cores. "
-        f"PAIR: the features of {facts['draws']} purifications of a picture, averaged.",
+        f"`pair demo --seed {facts['seed']}`, {facts['seconds']} s on {facts['threads']} CPU "
+        f"cores. PAIR: the features of {facts['draws']} purifications of a picture, averaged.",
     ]
     return "\n".join(lines) + "\n"
 
