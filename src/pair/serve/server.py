@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import signal
 import socket
+import struct
+import sys
 import time
 from types import FrameType
 from typing import Any
@@ -21,6 +24,7 @@ HEADER_BYTES = 16 * 1024
 HEADER_SECONDS = 10.0
 KEEP_ALIVE = 15
 HEARING = 1.0  # seconds that the stop leaves to requests which are on their way
+HANDSHAKE = 0.1  # and to connections that are being set up
 
 
 class Protocol(H11Protocol):
@@ -104,10 +108,12 @@ class Server(uvicorn.Server):
 
         uvicorn would close idle connections at once. A request that is just arriving on one, or on
         a connection that the system has accepted and nobody here has looked at, would break off
-        without an answer. So the last connections are taken in, and all have ``HEARING`` seconds
-        to say something; what they ask is answered with ``Connection: close``.
+        without an answer. So nobody new is let in, the last connections are taken, and all have
+        ``HEARING`` seconds to say something; what they ask is answered with ``Connection: close``.
         """
         self.service.leaving = True
+        if _close_the_door(sockets or []):
+            await asyncio.sleep(HANDSHAKE)
         last = _waiting(sockets or [])
         for listening in self.servers:
             listening.close()
@@ -127,6 +133,32 @@ class Server(uvicorn.Server):
         return Protocol(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+
+
+def _close_the_door(sockets: list[socket.socket]) -> bool:
+    """Lets nobody begin a connection while those in the making are finished; False where it cannot.
+
+    Who connects after the last ``accept`` and before ``close`` would be reset. On Linux a socket
+    filter drops the packets that open connections (SYN without ACK); the client sends its own again
+    after a second, and finds the port closed: an honest refusal.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    steps = (
+        (0x30, 0, 0, 13),  # the flags of the TCP header
+        (0x54, 0, 0, 0x12),  # SYN and ACK of them
+        (0x15, 0, 1, 0x02),  # only SYN?
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # let pass
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(code))
+    try:
+        for bound in sockets:
+            bound.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ATTACH_FILTER", 26), program)
+    except OSError:
+        return False
+    return True
 
 
 def _waiting(sockets: list[socket.socket]) -> list[socket.socket]:
