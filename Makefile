@@ -13,7 +13,7 @@ PY := $(BIN)/python
 PACKAGING := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format types docs check clean
+.PHONY: help demo test slow lab lint format types docs check clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \2/p' Makefile | awk '{ printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print }'
@@ -26,6 +26,9 @@ test: .venv/.test  ## Run the tests
 
 slow: .venv/.test  ## Run the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
+
+lab: .venv-lab/.made  ## Run the tests of the lab's page, in an environment of its own
+	.venv-lab/bin/python -m pytest tests/serve/test_lab.py $(ARGS)
 
 lint: .venv/.dev  ## Check style with ruff
 	$(PY) -m ruff check .
@@ -45,7 +48,7 @@ docs: .venv/.dev  ## Check that stated numbers agree with results/, build the do
 check: lint types docs test  ## All of the above checks
 
 clean:  ## Remove .venv and everything that can be made again
-	rm -rf .venv build dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lab build dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. A stamp is newer than the packaging files when there is nothing to do; a richer set of
@@ -63,6 +66,13 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 .venv/.dev: $(PACKAGING) | .venv/.made
 	$(INSTALL) -e ".[test,lint,docs]"
 	@touch $@ .venv/.test .venv/.runtime
+
+# Gradio, which the lab is made of, needs an older Pillow than the rest was measured with.
+.venv-lab/.made: pyproject.toml constraints-lab.txt | .venv/.made
+	$(PY) -m venv --clear .venv-lab
+	.venv-lab/bin/python -m pip install --disable-pip-version-check -c constraints-lab.txt \
+	  -e ".[lab]" pytest pytest-timeout websockets
+	@touch $@
 
 .venv/.made:
 	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

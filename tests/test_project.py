@@ -161,6 +161,16 @@ def test_runtime_dependencies_are_pinned():
         assert f"\n{name}==" in pins, f"{name} is not in constraints.txt"
 
 
+def test_the_lab_has_the_same_versions_but_for_pillow():
+    everywhere, lab = (
+        dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / name).read_text(), re.M))
+        for name in ("constraints.txt", "constraints-lab.txt")
+    )
+    assert {"gradio", "pillow", "pytest", "torch", "websockets"} <= set(lab)
+    different = {name for name, version in lab.items() if everywhere.get(name, version) != version}
+    assert different == {"pillow"}
+
+
 # --- what the pages say -----------------------------------------------------------------------
 
 

@@ -146,9 +146,9 @@ def test_the_page_in_a_browser(scene, tmp_path):
         browser.wait("document.body.innerText.includes('choose a picture first')")
         # Tab leaves a list and closes it.
         browser.click("#words input")
-        browser.wait("document.querySelector('ul.options')")
+        browser.wait("document.querySelector('ul[role=listbox]')")
         browser.press("Tab", 9)
-        browser.wait("!document.querySelector('ul.options')")
+        browser.wait("!document.querySelector('ul[role=listbox]')")
         browser.upload("#photo input[type=file]", tmp_path / "photo.png")
         browser.wait("document.querySelector('#photo img')")
         # By keyboard: from the button on, Enter.

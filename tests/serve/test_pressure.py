@@ -296,15 +296,14 @@ def test_who_is_connected_when_it_stops_gets_an_answer(models):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a filter of Linux")
 def test_nobody_slips_in_between_the_last_accept_and_the_close(models, monkeypatch):
-    found, url = [], ""
+    found = []
     waiting = server_module._waiting
 
     def late(sockets):
         last = waiting(sockets)
-        host, port = url.removeprefix("http://").split(":")
         with socket.socket() as stranger:
             stranger.settimeout(0.2)
-            found.append(stranger.connect_ex((host, int(port))))
+            found.append(stranger.connect_ex(sockets[0].getsockname()))
         return last
 
     monkeypatch.setattr(server_module, "_waiting", late)

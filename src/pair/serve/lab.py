@@ -57,7 +57,7 @@ POLISH = """() => {
   const each = (what, act) => document.querySelectorAll(what).forEach(act);
   const mend = () => {
     each("#samples .gallery-item", (s, i) => s.setAttribute("aria-label", `sample ${i + 1}`));
-    each("ul.options", u => { u.tabIndex = -1; });
+    each("ul[role=listbox]", u => { u.tabIndex = -1; });
   };
   new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
   mend();
