@@ -106,6 +106,43 @@ def test_advhash_writes_a_patch(folder, tmp_path):
         )  # fmt: skip
 
 
+def test_advhash_in_any_shape_and_place(folder, tmp_path):
+    base = ("attack", "advhash", folder / "ads", "--target", folder / "target", "--model",
+            folder / "csq", "--budget", 4, "--eot", 1)  # fmt: skip
+    pair(*base, "--shape", "circle", "--size", 0.5, "--out", tmp_path / "disc")
+    disc = Patch.load(tmp_path / "disc")
+    assert disc.size == (16, 16) and disc.mask[0, 0] == 0 and disc.mask[8, 8] == 1
+    assert disc.placement.at(1, (32, 32), disc.size) == [(13, 13)]  # corner at 29 = 200/224 of 32
+    assert disc.notes["config"]["optimiser"] == "sign"
+    pair(*base, "--shape", "rectangle:0.125x0.5", "--preset", "strong", "--placement", "top-left",
+         "--batch", 2, "--lr", 0.5, "--shrink", 0.75, "--printed",
+         "--out", tmp_path / "bar")  # fmt: skip
+    bar = Patch.load(tmp_path / "bar")
+    assert bar.size == (4, 16) and bar.placement.at(1, (32, 32), bar.size) == [(0, 0)]
+    config = bar.notes["config"]
+    assert (config["batch"], config["lr"], config["shrink"]) == (2, 0.5, 0.75)
+    assert bar.notes["gradients_used"] == 4 * 2
+    pair(*base, "--preset", "strong", "--warm", tmp_path / "disc", "--lr", 1e-9,
+         "--out", tmp_path / "on")  # fmt: skip
+    on = Patch.load(tmp_path / "on")
+    assert torch.equal(on.mask, disc.mask) and on.notes["config"]["shrink"] is None
+    assert (on.content - disc.content).abs().max() < 1e-6
+    pair(*base, "--start", "grey", "--size", 0.25, "--preset", "std", "--lr", 1e-9,
+         "--placement", "random-step", "--out", tmp_path / "grey")  # fmt: skip
+    grey = Patch.load(tmp_path / "grey")
+    assert grey.size == (8, 8) and grey.content.std() < 1e-6 and grey.placement.random
+    for words, message in (
+        (("--lr", 0.1), "--lr is for the presets std"),
+        (("--shrink", 0.5), "--shrink is for the presets std"),
+        (("--preset", "strong", "--placement", "random-step"), "add --shrink 0"),
+        (("--warm", tmp_path / "disc", "--shape", "circle"), "leave out --shape"),
+        (("--placement", "left"), "unknown placement 'left'"),
+        (("--preset", "strong", "--shrink", 1.5), "1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pair(*base, *words, "--out", tmp_path / "no")
+
+
 def test_apply_scales_to_each_photo(folder, tmp_path):
     patch = Patch(torch.ones(3, 8, 8), torch.ones(8, 8), image_size=32)
     patch.save(tmp_path / "white")

@@ -89,11 +89,17 @@ def advhash_patch(
         side = pixels(config.size, image_size)
     else:
         side = area_side(config.area, image_size)
-    corner = round(200 / 224 * image_size) - side
-    place = Placement("fixed", top=corner, left=corner)
-    if config.placement != "advhash":
-        place = Placement(config.placement)
+    place = advhash_place(config.placement, (side, side), image_size)
     return Patch.make("noise", side, image_size, place, generator=generator)
+
+
+def advhash_place(name: str, size: tuple[int, int], image_size: int) -> Placement:
+    """A named place, or ``advhash``: the lower-right corner at 200/224 of the side."""
+    if name != "advhash":
+        return Placement(name)
+    corner = round(200 / 224 * image_size)
+    top, left = (max(0, corner - n) for n in size)
+    return Placement("fixed", top=top, left=left)
 
 
 @dataclass

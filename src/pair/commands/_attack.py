@@ -12,8 +12,10 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pair.attacks.advhash import AdvHashConfig
     from pair.attacks.objectives import Goal
     from pair.attacks.optimise import AttackResult, Progress
+    from pair.attacks.patch import Patch
     from pair.attacks.wrappers import Adaptive
 
 Photos = Annotated[list[Path], typer.Argument(help="Photos, and folders with all below.")]
@@ -49,6 +51,14 @@ Shape = Annotated[
         help="square, circle, rectangle:<height>x<width> (shares of the side), frame:<border as a "
         "share of the patch>, several:<n> (squares of together the same area) or mask:<picture>."
     ),
+]
+Start = Annotated[
+    str | None, typer.Option(help="qr[:text], text:<words>, noise, grey, logo or a picture.")
+]
+Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
+Warm = Annotated[Path | None, typer.Option(help="Continue from this finished patch.")]
+Printed = Annotated[
+    bool, typer.Option("--printed", help="Turn, scale, dim and blur it in every step.")
 ]
 Preset = Annotated[
     str, typer.Option(help="paper, released, std, strong or max (see the documentation).")
@@ -233,6 +243,28 @@ def shaped(shape: str, start: str, size: float, place: str, image_size: int, see
             f"mask:<picture>{why}"
         ) from None
     return Patch.make(start, side, image_size, place, mask=mask, generator=generator)
+
+
+def hash_start(
+    config: AdvHashConfig, shape: str, start: str | None, warm: Path | None, size: int, seed: int
+) -> Patch | None:
+    """The patch that AdvHash begins with; None for its own, a square of noise."""
+    from dataclasses import replace
+
+    from pair.attacks.advhash import advhash_place
+    from pair.attacks.patch import Patch
+
+    if warm is not None:
+        if shape != "square" or start is not None:
+            raise ValueError("--warm continues a patch as it is: leave out --shape and --start")
+        return Patch.load(warm).fit(size)
+    if shape == "square" and start is None:
+        return None
+    side = config.size if config.size is not None else config.area**0.5
+    patch = shaped(shape, start or "noise", side, "centre", size, seed)
+    if shape.startswith("several"):
+        return patch  # its places are its shape
+    return replace(patch, placement=advhash_place(config.placement, patch.size, size))
 
 
 def _several(n: int, start: str, size: float, image_size: int, generator: Any) -> Any:

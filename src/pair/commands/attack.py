@@ -24,12 +24,16 @@ from pair.commands._attack import (
     Precision,
     Preset,
     Pretrained,
+    Printed,
+    Rate,
     Searches,
     Seed,
     Shape,
     Size,
+    Start,
     TextModel,
     Threads,
+    Warm,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Make adversarial patches; for tests of your own.")
@@ -54,15 +58,13 @@ def tth(
         int | None, typer.Option(min=1, help="Updates; default: the preset's.")
     ] = None,
     eot: Eot = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    lr: Rate = None,
     distortion: Annotated[
         float | None, typer.Option(help="Weight of staying like --start.")
     ] = None,
     size: Size = None,
     placement: Place = "top-right",
-    start: Annotated[
-        str | None, typer.Option(help="qr[:text], text:<words>, noise, grey, logo or a picture.")
-    ] = None,
+    start: Start = None,
     shape: Shape = "square",
     parameters: Annotated[
         str, typer.Option(help="What is optimised: pixels, tiles:<side> or dct:<k>.")
@@ -80,10 +82,8 @@ def tth(
     each: Annotated[
         bool, typer.Option("--each", help="A patch of its own for every photo: OUT-<photo>.png.")
     ] = False,
-    printed: Annotated[
-        bool, typer.Option("--printed", help="Turn, scale, dim and blur it in every step.")
-    ] = False,
-    warm: Annotated[Path | None, typer.Option(help="Continue from this finished patch.")] = None,
+    printed: Printed = False,
+    warm: Warm = None,
     carriers: Annotated[
         int | None, typer.Option(min=1, help="Photos per step, drawn anew; default: all.")
     ] = None,
@@ -174,8 +174,27 @@ def advhash(
     defense: Defended = None,
     preset: Preset = "paper",
     budget: Annotated[int | None, typer.Option(min=1, help="Updates in all, at most.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Photos per update; default: the preset's.")
+    ] = None,
     eot: Eot = None,
+    lr: Rate = None,
     size: Size = None,
+    shrink: Annotated[
+        float | None,
+        typer.Option(help="Begin with this share of the side and cut down to --size; 0: do not."),
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            help="advhash (lower right corner at 200/224), top-left, ..., centre, random-image or "
+            "random-step; default: the preset's."
+        ),
+    ] = None,
+    start: Start = None,
+    shape: Shape = "square",
+    printed: Printed = False,
+    warm: Warm = None,
     plateau: Plateau = None,
     limit: Limit = 50,
     seed: Seed = 0,
@@ -188,27 +207,37 @@ def advhash(
 
     Stop it at any time; the same command continues where it was.
     """
+    from dataclasses import replace
+
     import torch
 
     from pair.attacks.advhash import AdvHashConfig
     from pair.attacks.advhash import advhash as optimise
     from pair.attacks.objectives import anchor_code
+    from pair.attacks.transforms import PrintTransform
     from pair.retrieval.hashing import HashNet
 
     torch.set_num_threads(threads)
     common.check_outs(out)
     encoder = HashNet.from_pretrained(model)
-    changes = {
-        "budget": budget,
-        "eot": eot,
-        "size": size,
-        "micro_batch": micro_batch,
-        "precision": precision,
-        "plateau": common.plateau(plateau),
-    }
+    changes: dict[str, Any] = {
+        "budget": budget, "batch": batch, "eot": eot, "lr": lr, "size": size, "shrink": shrink,
+        "placement": placement, "micro_batch": micro_batch, "precision": precision,
+        "plateau": common.plateau(plateau), "restarts": () if start or warm else None,
+    }  # fmt: skip
     config = AdvHashConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
-    if config.plateau is not None and config.optimiser == "sign":
-        raise ValueError("--plateau is for the presets std, strong and max: AdvHash ends by itself")
+    if not config.shrink or (warm is not None and shrink is None):
+        config = replace(config, shrink=None)  # a finished patch is not blown up again
+    if config.shrink and config.placement.startswith("random"):
+        raise ValueError("a patch that is cut down to its size needs one place: add --shrink 0")
+    if config.optimiser == "sign":
+        for name, given in (("plateau", plateau), ("lr", lr), ("shrink", shrink)):
+            if given is not None:
+                raise ValueError(
+                    f"--{name} is for the presets std, strong and max: AdvHash as published moves "
+                    "by 1/255, ends by itself and keeps its size"
+                )
+    patch = common.hash_start(config, shape, start, warm, encoder.image_size, seed)
     if config.compat and defense is not None:
         raise ValueError(
             f"preset {preset!r} leaves the range [0, 1], which a defense refuses: use another"
@@ -226,10 +255,12 @@ def advhash(
             images,
             code,
             config=config,
+            patch=patch,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
             checkpoint=common.checkpoint(out),
             penalty=victim.penalty,
+            transform=PrintTransform() if printed else None,
         )
     facts = {"target": target.name, "agreement": result.curves.get("agreement", [])[-1:]}
     common.store(result, out, {"model": model, "defense": defense, "preset": preset, **facts}, None)
