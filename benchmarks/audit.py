@@ -48,6 +48,7 @@ from pair.guard.audit import STATISTICS, Auditor, Finding
 from pair.guard.audit_run import audit
 from pair.guard.models import Models
 from pair.images import decode, save_image, shrink
+from pair.retrieval.statistics import summarise
 
 SIZE, SHARE, BUDGET, SEED = 112, 0.35, 0.01, 7
 PENALTY, MARGIN = 20.0, 0.9  # the audit's attackers stay below this share of every threshold
@@ -222,25 +223,35 @@ def auroc(bad: list[float], good: list[float]) -> float:
 def report(records: list[dict], bench: Bench, facts: dict) -> dict:
     keywords = list(dict.fromkeys(r["keyword"] for r in records))
 
-    def mean(kind: str, *path: str) -> float:
-        values = []
+    def values(kind: str, *path: str) -> list[float]:
+        """One a keyword."""
+        found = []
         for record in records:
             if record["attack"] == kind:
                 value = record
                 for key in path:
                     value = value[key]
-                values.append(value)
-        return 100 * float(np.mean(values))
+                found.append(value)
+        return found
+
+    def mean(kind: str, *path: str) -> float:
+        return 100 * float(np.mean(values(kind, *path)))
+
+    def sure(kind: str, *path: str) -> str:
+        """With its interval over keywords."""
+        found = summarise(torch.tensor(values(kind, *path), dtype=torch.float64)).micro
+        return f"{100 * found.mean:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
 
     def both(kind: str, *path: str) -> str:
         return f"{mean(kind, f'{path[0]} any', path[1]):.0f} / " \
-               f"{mean(kind, f'{path[0]} share', path[1]):.1f}"  # fmt: skip
+               f"{sure(kind, f'{path[0]} share', path[1])}"  # fmt: skip
 
     done = [kind for kind in KINDS if any(r["attack"] == kind for r in records)]
     found, searches = [], ("no defense", "PAIR")
     for kind in done:
         cells = [f"{mean(kind, 'auroc', s):.0f} / {mean(kind, 'recall', s):.0f}"
-                 for s in (*STATISTICS, "combined")]  # fmt: skip
+                 for s in STATISTICS]  # fmt: skip
+        cells.append(" / ".join(sure(kind, of, "combined") for of in ("auroc", "recall")))
         found.append([kind, *cells, f"{mean(kind, 'one window'):.0f}"])
     evaded = [
         [kind,
@@ -261,7 +272,7 @@ def report(records: list[dict], bench: Bench, facts: dict) -> dict:
             f"of {len(bench.gallery)} clean photos; thresholds from {len(bench.clean)} others; "
             f"{bench.args.draws} draws. Combined: the four share the budget; it raised alarms on "
             f"{alarms:.1f} % of the clean photos, and {hangs:.1f} % of them are hits that hang on "
-            "one window."
+            "one window. In brackets: 95 % bootstrap intervals over keywords."
         ),
         "tables": {
             "evaded": {
@@ -281,7 +292,9 @@ def report(records: list[dict], bench: Bench, facts: dict) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--keywords", default="laptop,sunflower,umbrella")
+    parser.add_argument(
+        "--keywords", default="laptop,sunflower,umbrella,chandelier,elephant,minaret"
+    )
     parser.add_argument("--ads", type=int, default=10)
     parser.add_argument("--gallery", type=int, default=368, help="clean photos in the gallery")
     parser.add_argument("--clean", type=int, default=440, help="clean photos for the thresholds")

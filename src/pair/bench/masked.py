@@ -13,7 +13,6 @@ from pair.attacks.wrappers import Adaptive
 from pair.bench.models import CERTIFIED, Models
 from pair.bench.scenario import Row
 from pair.bench.search import HashSearch
-from pair.certified import CertifiedPurifier
 from pair.certified.query import double_masked_recovery, hamming
 from pair.certified.query_side import QueryFigures, measure
 from pair.retrieval.hashing import binarise
@@ -32,13 +31,8 @@ class DoubleMasked(HashSearch):
     PARTNERS = 2  # of the second round, the most distant ones, that are moved in a step
 
     def __init__(self, models: Models, row: Row):
-        name = models.named(row)["name"]
-        models.need(name)
         s = models.settings
-        self.encoder = models.csq()
-        self.purifier = CertifiedPurifier.from_pretrained(
-            models.where(name), patch=s.hash_size, views=s.views
-        ).to(s.device)
+        self.encoder, self.purifier = models.csq(), models.certified(row, s.hash_size)
         self.random, self.device = False, s.device
 
     def _codes(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from pair import hub
 from pair.bench import tiny
 from pair.bench.scenario import Row, Settings
+from pair.certified import CertifiedPurifier
 from pair.checkpoints import PICKLED, from_hf_vitmae, from_meta_mae
 from pair.defenses import DEFENSES, Defense, make
 from pair.masks import ExactCount, rule_from_config
@@ -170,6 +171,15 @@ class Models:
             made = make(row.defense, **options)
         else:
             made = _factory(row.defense)(**options).eval().requires_grad_(False)
+        return made.to(self.settings.device)
+
+    def certified(self, row: Row, patch: float) -> CertifiedPurifier:
+        """The windows against patches of a side, in front of the generator that a row names."""
+        name = self.named(row)["name"]
+        self.need(name)
+        made = CertifiedPurifier.from_pretrained(
+            self.where(name), patch=patch, views=self.settings.views
+        )
         return made.to(self.settings.device)
 
     def named(self, row: Row) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pair.attacks.wrappers import Adaptive, adaptive, as_features
 from pair.bench.models import CERTIFIED, Models
 from pair.bench.photos import Photos
 from pair.bench.scenario import Row, Settings
-from pair.certified import CertifiedPurifier, DeltaCap
+from pair.certified import DeltaCap
 from pair.retrieval.hashing import binarise
 
 BATCH = 32
@@ -89,13 +89,8 @@ class CertifiedSearch(Search):
     WEAKEST = 2
 
     def __init__(self, models: Models, row: Row):
-        name = models.named(row)["name"]
-        models.need(name)
         s = models.settings
-        self.encoder = models.clip()
-        self.purifier = CertifiedPurifier.from_pretrained(
-            models.where(name), patch=s.size, views=s.views
-        ).to(s.device)
+        self.encoder, self.purifier = models.clip(), models.certified(row, s.size)
         self.random, self.device = False, s.device
         self.pool = DeltaCap(0.0)
 
