@@ -9,7 +9,10 @@ many of the ten are (share)? The published settings are run by this package and,
 keyword, by the algorithm written out step by step (``literal.py``); then Adam without distortion,
 as in the presets std to max, on the same target and on the lists themselves (``RankHinge``: each
 search's tenth place is to be beaten; the attacker knows the gallery, and other searches than those
-of the evaluation). The same command continues where it was stopped.
+of the evaluation); then the same Adam in the centre, and with a patch of its own for every single
+advertisement, which is what somebody who has one picture to push would make. With ``--pair`` those
+last patches are also optimised through PAIR, one fresh mask per step, and scored on fresh masks.
+The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import literal
@@ -31,7 +35,8 @@ from pair.attacks.patch import Patch
 from pair.data import embedded
 from pair.data.prompts import HELD_OUT_TEMPLATES, TRAIN_TEMPLATES, sentences
 from pair.files import write_atomic
-from pair.images import load_batch
+from pair.images import load_batch, quantise
+from pair.purifier import Purifier
 from pair.retrieval.clip import SmallClip
 from pair.retrieval.statistics import summarise
 
@@ -39,11 +44,15 @@ PUBLISHED, STEPS = "TTH, published settings", (50, 100, 200, 300)
 LITERAL = "TTH, published step by step"
 STRONG, STRONG_STEPS = "Adam, no distortion", (25, 50, 100, 200)
 RANKS = "Adam, aiming at the tenth place"
+CENTRE = "Adam, in the centre"
+PAIR = "against PAIR: "
+EACH, EACH_CENTRE = "Adam, a patch for each photo", "Adam, a patch for each photo, in the centre"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keywords", type=int, default=6)
+    parser.add_argument("--pair", action="store_true", help="see above; takes minutes a keyword")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/tth.json"))
     options = parser.parse_args()
@@ -52,6 +61,8 @@ def main() -> None:
     photos = load_batch([path for path, _ in embedded.gallery()], SIZE)
     ads = load_batch([path for path, _ in embedded.ads()[:ADS]], SIZE)
     search = Search(clip, photos, ads, None)
+    pair = Purifier.from_pretrained("pair-small").requires_grad_(False) if options.pair else None
+    behind = Search(clip, photos, ads, pair) if pair else search
     classes = embedded.labels()
     keywords = classes[:: len(classes) // options.keywords][: options.keywords]
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +81,10 @@ def main() -> None:
     def known(keyword, attack):
         return any((m["keyword"], m["attack"]) == (keyword, attack) for m in measured)
 
-    def note(keyword, attack, steps, patch, goal, queries):
+    def note(keyword, attack, steps, images, goal, queries):
         with torch.no_grad():
-            loss = float(goal(clip.encode_image(ads if patch is None else patch.apply(ads))).mean())
-        found = {k: v[0] for k, v in search.score(patch, queries).items()}
+            loss = float(goal(clip.encode_image(images)).mean())
+        found = {k: v[0] for k, v in search.found(quantise(images), queries).items()}
         measured.append({"keyword": keyword, "attack": attack, "steps": steps, "loss": loss,
                          **found})  # fmt: skip
         print(json.dumps(measured[-1]), flush=True)
@@ -85,34 +96,66 @@ def main() -> None:
             texts = clip.encode_text(sentences([keyword], TRAIN_TEMPLATES))
         goal = TextGoal(target)
         if not known(keyword, "no patch"):
-            note(keyword, "no patch", 0, None, goal, queries)
+            note(keyword, "no patch", 0, ads, goal, queries)
         strong = TTHConfig(**{**vars(ADAM), "steps": STRONG_STEPS[-1], "lr": 0.03,
                            "schedule": "cosine", "snapshots": STRONG_STEPS})  # fmt: skip
         runs = {
             PUBLISHED: (goal, TTHConfig(steps=STEPS[-1], snapshots=STEPS)),
             STRONG: (goal, strong),
             RANKS: (RankHinge(texts, rank_thresholds(texts, search.gallery, 10)), strong),
+            CENTRE: (goal, replace(strong, placement="centre")),
+            EACH: (goal, replace(strong, scope="per-image")),
+            EACH_CENTRE: (goal, replace(strong, scope="per-image", placement="centre")),
         }
         for name, (aim, config) in runs.items():
             if known(keyword, name):
                 continue
             result = tth(clip, ads, aim, config=config,
                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+            if config.scope == "per-image":
+                pairs = zip(result.patches, ads, strict=True)
+                images = torch.cat([patch.apply(ad[None]) for patch, ad in pairs])
+                note(keyword, name, config.steps, images, goal, queries)
+                continue
             for steps, patch in result.snapshots.items():
-                note(keyword, name, steps, patch, goal, queries)
+                note(keyword, name, steps, patch.apply(ads), goal, queries)
         if number == 0 and not known(keyword, LITERAL):
             start = Patch.make("qr", 0.35, SIZE)
             content, _ = literal.tth(clip.encode_image, ads, target, start.content, STEPS[-1])
-            note(keyword, LITERAL, STEPS[-1], start.with_content(content), goal, queries)
+            shown = start.with_content(content).apply(ads)
+            note(keyword, LITERAL, STEPS[-1], shown, goal, queries)
+        if options.pair:
+            through_pair(behind, keyword, goal, strong, queries, known, measured)
         table = report(measured, keywords[: number + 1], facts)
         write_atomic(options.out, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def through_pair(search, keyword, goal, config, queries, known, measured) -> None:
+    """Patches for single photos against PAIR, and what it lets through without any."""
+    for name, placement in ((None, ""), (EACH, "top-right"), (EACH_CENTRE, "centre")):
+        attack = PAIR + (name or "no patch")
+        if known(keyword, attack):
+            continue
+        images, steps, loss = search.ads, 0, None
+        if name:
+            own = replace(config, scope="per-image", placement=placement)
+            result = tth(search.features, images, goal, config=own,
+                         generator=torch.Generator().manual_seed(1))  # fmt: skip
+            pairs = zip(result.patches, images, strict=True)
+            images = torch.cat([patch.apply(ad[None]) for patch, ad in pairs])
+            steps, loss = own.steps, result.losses[-1]
+        found = {k: sum(v) / len(v) for k, v in search.found(quantise(images), queries).items()}
+        measured.append({"keyword": keyword, "attack": attack, "steps": steps, "loss": loss,
+                         **found})  # fmt: skip
+        print(json.dumps(measured[-1]), flush=True)
 
 
 def report(measured: list[dict], keywords: list[str], facts: dict) -> dict:
     rows = []
     for attack, steps in (
         ("no patch", 0), *((PUBLISHED, s) for s in STEPS), *((STRONG, s) for s in STRONG_STEPS),
-        *((RANKS, s) for s in STRONG_STEPS),
+        *((name, s) for name in (RANKS, CENTRE, EACH, EACH_CENTRE) for s in STRONG_STEPS),
+        (f"{PAIR}no patch", 0), *((PAIR + name, STRONG_STEPS[-1]) for name in (EACH, EACH_CENTRE)),
     ):  # fmt: skip
         found = [m for m in measured if (m["attack"], m["steps"]) == (attack, steps)
                  and m["keyword"] in keywords]  # fmt: skip
@@ -124,8 +167,9 @@ def report(measured: list[dict], keywords: list[str], facts: dict) -> dict:
             s = summarise(values, [m["keyword"] for m in found], seed=0).macro
             cells.append(f"{100 * s.mean:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]")
         reach = f"{sum(m['any'] >= 0.9 for m in found)} of {len(found)}"
-        loss = sum(m["loss"] for m in found) / len(found)
-        rows.append([attack, str(steps), f"{steps * ADS:,}", f"{loss:.3f}", *cells, reach])
+        losses = [m["loss"] for m in found if m["loss"] is not None]
+        loss = f"{sum(losses) / len(losses):.3f}" if losses else "–"
+        rows.append([attack, str(steps), f"{steps * ADS:,}", loss, *cells, reach])
     same = {m["attack"]: m for m in measured if m["keyword"] == keywords[0]
             and m["steps"] == STEPS[-1] and m["attack"] in (PUBLISHED, LITERAL)}  # fmt: skip
     return {
