@@ -459,16 +459,25 @@ def test_approximate_index_and_its_recall(tmp_path, models):
     assert made.info(recall=20).recall["vector"] == pytest.approx(np.mean(shares), abs=0.02)
 
 
-def test_index_of_odd_dimensions(tmp_path):
-    """RaBitQ wants multiples of 8; the recall holds for others too."""
-
+@pytest.mark.parametrize(
+    ("dim", "kind", "least"),
+    [
+        (16, "IvfSq", 0.9),  # a bit per number found 0.75 to 0.9 of these
+        (20, "IvfSq", 0.9),
+        (68, "IvfSq", 0.9),  # RaBitQ wants multiples of 8
+        (64, "IvfRq", 0.6),  # random vectors have no neighbourhoods: the hardest case for it
+    ],
+)
+def test_index_by_length_of_the_vectors(tmp_path, dim, kind, least):
     class Numbers:
-        fingerprint, dim, image_size = "synthetic", 20, 1
+        fingerprint, image_size = "synthetic", 1
 
+    Numbers.dim = dim
     made = Collection.create(str(tmp_path / "c"), Models(encoder=Numbers()), approximate_from=500)
-    made.add_rows(synthetic(0, 1000, dim=20))
+    made.add_rows(synthetic(0, 1000, dim=dim))
     info = made.info(recall=20)
-    assert info.indexes["vector_raw"]["rows"] == 1000 and info.recall["vector_raw"] > 0.9
+    found = info.indexes["vector_raw"]
+    assert (found["rows"], found["type"]) == (1000, kind) and info.recall["vector_raw"] > least
 
 
 def test_memory_for_indexes_is_bounded_by_a_number(tmp_path, models, monkeypatch):

@@ -28,6 +28,7 @@ KEY = b"pair"
 KEEP_VERSIONS = timedelta(hours=1)  # readers of an older state have that long to finish
 PARTITION = 4096  # rows per partition of an index, about
 PROBES, REFINE = 20, 10
+LONG = 64
 TRIES = 12
 CACHE = "PAIR_INDEX_CACHE_MB"
 CONFLICT = "onflict"  # in upper or lower case, in LanceDB's messages
@@ -246,7 +247,9 @@ class LanceStore:
             cells = max(1, total // PARTITION)
             if kind == "bits":
                 config: Any = index.IvfFlat(distance_type="hamming", num_partitions=cells)
-            elif size % 8 == 0:  # RaBitQ: a bit per number, nothing to train but the clusters
+            elif size % 8 == 0 and size >= LONG:
+                # RaBitQ: a bit per number, nothing to train but the clusters. Its error falls with
+                # the length; short vectors keep a byte per number, which costs them little.
                 config = index.IvfRq(distance_type="cosine", num_partitions=cells, num_bits=1)
             else:
                 config = index.IvfSq(distance_type="cosine", num_partitions=cells)
