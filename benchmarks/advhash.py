@@ -174,9 +174,7 @@ def universal(search: Search, target: str, updates: int, drawn: list[str]) -> di
             again = torch.Generator().manual_seed(SEED)
             own = tth(search.net.encode_image, images, TextGoal(code), config=OWN,
                       patch=result.patch, generator=again)  # fmt: skip
-            each = zip(own.patches, images, strict=True)
-            shown = torch.cat([p.apply(image[None]) for p, image in each])
-            reached = search.precision(search.encode(quantise(shown)), target)
+            reached = search.precision(search.encode(quantise(own.apply(images))), target)
             found[name]["own"] = float(reached.mean())
     return {"target": target, "ceiling": search.ceiling(target), "photos": len(photos),
             "gradients": result.gradients_used, "classes": found}  # fmt: skip

@@ -113,9 +113,7 @@ def main() -> None:
             result = tth(clip, ads, aim, config=config,
                          generator=torch.Generator().manual_seed(1))  # fmt: skip
             if config.scope == "per-image":
-                pairs = zip(result.patches, ads, strict=True)
-                images = torch.cat([patch.apply(ad[None]) for patch, ad in pairs])
-                note(keyword, name, config.steps, images, goal, queries)
+                note(keyword, name, config.steps, result.apply(ads), goal, queries)
                 continue
             for steps, patch in result.snapshots.items():
                 note(keyword, name, steps, patch.apply(ads), goal, queries)
@@ -141,9 +139,7 @@ def through_pair(search, keyword, goal, config, queries, known, measured) -> Non
             own = replace(config, scope="per-image", placement=placement)
             result = tth(search.features, images, goal, config=own,
                          generator=torch.Generator().manual_seed(1))  # fmt: skip
-            pairs = zip(result.patches, images, strict=True)
-            images = torch.cat([patch.apply(ad[None]) for patch, ad in pairs])
-            steps, loss = own.steps, result.losses[-1]
+            images, steps, loss = result.apply(images), own.steps, result.losses[-1]
         found = {k: sum(v) / len(v) for k, v in search.found(quantise(images), queries).items()}
         measured.append({"keyword": keyword, "attack": attack, "steps": steps, "loss": loss,
                          **found})  # fmt: skip

@@ -248,6 +248,12 @@ def test_per_image_patches_equal_separate_attacks():
         )
     shared = tth(model, images, e_t, config=TTHConfig(steps=30), patch=patch)
     assert result.losses[-1] < shared.losses[-1]
+    torch.testing.assert_close(
+        result.apply(images)[1], result.patches[1].apply(images[1:2])[0], rtol=0, atol=0
+    )
+    assert torch.equal(shared.apply(images), shared.patch.apply(images))
+    with pytest.raises(ValueError):
+        result.apply(images[:2])  # three patches
     with pytest.raises(ValueError, match="scope"):
         tth(model, images, e_t, config=TTHConfig(scope="each"), patch=patch)
 

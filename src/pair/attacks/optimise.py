@@ -49,6 +49,13 @@ class AttackResult:
         """Share of the whole gain that the last ``share`` of the steps brought (S8)."""
         return late_gain(self.losses, share)
 
+    def apply(self, images: Tensor) -> Tensor:
+        """The images (B, 3, H, W) it was made for, patched; per-image scope: each with its own."""
+        if self.config.get("scope") != "per-image":
+            return self.patch.apply(images)
+        pairs = zip(self.patches, images, strict=True)
+        return torch.cat([patch.apply(image[None]) for patch, image in pairs])
+
     def record(self) -> dict[str, Any]:
         """Plain data for an evaluation record."""
         return {
